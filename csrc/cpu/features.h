@@ -1,0 +1,20 @@
+// The instruction-set levels that CPU kernels are written for, lowest first: a kernel may run where level() is at least its own.
+#pragma once
+
+namespace fastsr::cpu {
+
+enum class Isa : int {
+  kBaseline = 0,    // nothing beyond what the compiler targets by default: eager operators only
+  kAvx2 = 1,        // AVX2, FMA, F16C
+  kAvx512 = 2,      // the above and AVX-512 F, CD, BW, DQ, VL
+  kAvx512Bf16 = 3,  // the above and AVX-512 BF16
+};
+
+inline constexpr int kIsaCount = 4;
+
+// What this processor has AND this operating system saves on a context switch; found once, then remembered.
+Isa level();
+
+const char* name(Isa isa);
+
+}  // namespace fastsr::cpu
