@@ -1,0 +1,203 @@
+"""From an 8-bit photograph to a larger one: the main job of the package, `fastsr.upscale`.
+
+How pixels go through a network, where papers leave a choice:
+
+* 8-bit results are clamped to 0..255 and rounded to the nearest integer, halves up.
+* A network of luma (`colour == "y"`) gets MATLAB's BT.601 luma of a colour image, and the chroma is enlarged by the
+  cubic `imresize`; a gray image is given to it as it is.
+* A network of RGB gets a gray image as three equal channels, and its output is turned into gray by
+  0.299 R + 0.587 G + 0.114 B.
+* A result that holds NaN or infinity raises FloatingPointError: it would be stored as black or white pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fastsr.image import io
+from fastsr.image.colour import rgb_to_gray, rgb_to_ycbcr, ycbcr_to_rgb
+from fastsr.image.resize import imresize
+
+if TYPE_CHECKING:
+    from fastsr.models import Network
+
+ImageLike = TypeVar("ImageLike", np.ndarray, Image.Image, Tensor)
+
+MAX_PIXELS = 2**27  # of a result: 11585 x 11585. Beyond, the feature maps of no network here fit a usual machine
+ZSSR = "zssr"  # needs no file: it learns from the image itself
+ZSSR_SCALES = (2, 3, 4)
+
+
+def upscale(
+    image: ImageLike,
+    model: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str] = ZSSR,
+    *,
+    scale: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ImageLike:
+    """Enlarges an image by `scale`; the result is of the same kind and colour type as the input.
+
+    image: NumPy uint8 (H, W) or (H, W, 3); a PIL image of mode L or RGB; or a floating-point tensor (N, C, H, W), C 1
+        or 3, with values 0..1, whose result keeps its dtype and device and is clamped to 0..1.
+    model: what `fastsr.load` returns or accepts, which computes on the device and in the dtype of its parameters; or
+        "zssr", the network that learns from this one image (`fastsr.train.zssr`), which computes in float32 on the
+        device of a tensor, and for other kinds on a CUDA device if there is one.
+    scale: one of `model.scales`; may be left out when there is only one. ZSSR has 2, 3 and 4 and defaults to 2.
+    progress: ZSSR calls it with (iterations done, iterations at most); other networks make one pass and report nothing.
+    Raises TypeError or ValueError, before any work, for an image, model or scale that is not one of these or a result
+    of more than MAX_PIXELS pixels, and FloatingPointError for a result that is not finite.
+    """
+    height, width = image_size(image)
+    if isinstance(model, str) and model == ZSSR:
+        scale = check_scale("ZSSR", ZSSR_SCALES, ZSSR_SCALES[0] if scale is None else scale)
+        check_size(height, width, scale)
+        result = _learn(_to_tensor(image, torch.float32), scale, progress, on=default_device(image))
+    else:
+        network = as_network(model)
+        scale = check_scale(type(network).__name__, network.scales, scale)
+        check_size(height, width, scale)
+        result = _run(network, image, scale)
+    if not torch.isfinite(result).all():
+        bad = int((~torch.isfinite(result)).sum())
+        raise FloatingPointError(
+            f"upscale: {bad} of {result.numel()} values of the result are not finite; "
+            "use a wider dtype, as in model.float(), or check the weights"
+        )
+    return cast(ImageLike, _from_tensor(result.clamp(0, 1), image))
+
+
+def image_size(image: np.ndarray | Image.Image | Tensor) -> tuple[int, int]:
+    """(height, width) of an image that `upscale` takes. Raises TypeError or ValueError, naming what it does take."""
+    if isinstance(image, Image.Image):
+        io.check_mode(image)
+        width, height = image.size
+    elif isinstance(image, np.ndarray):
+        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
+            raise ValueError(f"image: expected NumPy uint8 (H, W) or (H, W, 3), got {image.dtype} {image.shape}")
+        height, width = image.shape[:2]
+    elif isinstance(image, Tensor):
+        if not image.is_floating_point() or image.dim() != 4 or image.shape[1] not in (1, 3):
+            raise ValueError(
+                "image: expected a floating-point tensor (N, C, H, W) with 1 or 3 channels and values 0..1, "
+                f"got {image.dtype} {tuple(image.shape)}"
+            )
+        height, width = image.shape[-2:]
+        if image.numel() > 0 and not (image.min() >= 0 and image.max() <= 1):  # written so that NaN fails too
+            low, high = image.min().item(), image.max().item()
+            raise ValueError(f"image: expected values 0..1, got {low:g}..{high:g}; divide by the peak, or clamp")
+    else:
+        raise TypeError(f"image: expected a NumPy array, a PIL image or a tensor, got {type(image).__name__}")
+    if height == 0 or width == 0:
+        raise ValueError(f"image: expected at least one pixel, got {height}x{width}")
+    return height, width
+
+
+def as_network(model: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str]) -> Network:
+    """The model itself, or what `fastsr.load` makes of it. Raises TypeError when that does not enlarge images."""
+    from fastsr.models import Network, load  # here because the networks are many modules that ZSSR does not need
+
+    loaded = model if isinstance(model, Network) else load(model)
+    if not isinstance(loaded, Network) or not loaded.scales:
+        raise TypeError(f"model: expected a network that enlarges images, got {type(loaded).__name__}")
+    return loaded
+
+
+def check_scale(name: str, scales: Sequence[int], scale: int | None) -> int:
+    """The scale to use; raises ValueError listing the scales when it is not among them, or left out with several."""
+    listed = ", ".join(map(str, scales))
+    if scale is None:
+        if len(scales) > 1:
+            raise ValueError(f"scale: {name} has the scales {listed}: choose one")
+        return scales[0]
+    if scale not in scales:
+        raise ValueError(
+            f"scale: {name} has {'the scales' if len(scales) > 1 else 'only the scale'} {listed}, got {scale}"
+        )
+    return int(scale)
+
+
+def check_size(height: int, width: int, scale: int) -> None:
+    """Raises ValueError when the result would have more than MAX_PIXELS pixels."""
+    if height * width * scale**2 > MAX_PIXELS:
+        raise ValueError(
+            f"image: {height}x{width} at scale {scale} makes {height * width * scale**2:,} pixels, "
+            f"more than the {MAX_PIXELS:,} that are allowed; cut the image into parts"
+        )
+
+
+def default_device(image: object) -> torch.device:
+    """Where work on this image happens unless a model says otherwise."""
+    if isinstance(image, Tensor):
+        return image.device
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _learn(values: Tensor, scale: int, progress: Callable[[int, int], None] | None, on: torch.device) -> Tensor:
+    from fastsr.train.zssr import zssr
+
+    return torch.cat([zssr(one, scale, progress=progress) for one in values.to(on).split(1)])
+
+
+def _run(network: Network, image: np.ndarray | Image.Image | Tensor, scale: int) -> Tensor:
+    """The result as (N, C, H * scale, W * scale), C as in the image, values 0..1 not clamped, at least float32."""
+    parameter = next(network.parameters())
+    wide = torch.promote_types(parameter.dtype, torch.float32)  # colour arithmetic in half precision would show
+    values = _to_tensor(image, wide).to(parameter.device)
+    low, high = network.value_range
+
+    def enlarge(x: Tensor) -> Tensor:
+        y = network.super_resolve((x * (high - low) + low).to(parameter.dtype), scale)
+        return (y.to(wide) - low) / (high - low)
+
+    with torch.inference_mode(), _evaluating(network):
+        gray = values.shape[1] == 1
+        if network.colour == "y":
+            if gray:
+                return enlarge(values)
+            ycbcr = rgb_to_ycbcr(values)
+            luma, chroma = ycbcr[:, :1], ycbcr[:, 1:]
+            return ycbcr_to_rgb(torch.cat([enlarge(luma), imresize(chroma, scale)], dim=1))
+        return rgb_to_gray(enlarge(values.expand(-1, 3, -1, -1))) if gray else enlarge(values)
+
+
+@contextlib.contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode (batch norm, multi-supervision) for the time being; every submodule then gets its mode back."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _to_tensor(image: np.ndarray | Image.Image | Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, C, H, W) with values 0..1."""
+    if isinstance(image, Tensor):
+        return image.detach().to(dtype)
+    values = torch.from_numpy(np.array(image))
+    values = values[None, None] if values.dim() == 2 else values.permute(2, 0, 1)[None]
+    return values.contiguous().to(dtype) / 255
+
+
+def _from_tensor(values: Tensor, like: np.ndarray | Image.Image | Tensor) -> np.ndarray | Image.Image | Tensor:
+    """The reverse of `_to_tensor`, of the kind of `like`."""
+    if isinstance(like, Tensor):
+        return values.to(like)
+    levels = torch.floor(values[0] * 255 + 0.5).to(torch.uint8)
+    pixels = (levels[0] if levels.shape[0] == 1 else levels.permute(1, 2, 0)).contiguous().cpu().numpy()
+    if isinstance(like, np.ndarray):
+        return pixels
+    made = Image.fromarray(pixels)
+    if "icc_profile" in like.info:
+        made.info["icc_profile"] = like.info["icc_profile"]  # without it the colours would be shown differently
+    return made

@@ -1,0 +1,73 @@
+"""`python -m fastsr.info`: what is installed, what this machine offers, and which backend of each operator can run."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from pathlib import Path
+
+import torch
+
+import fastsr
+from fastsr import _library
+from fastsr.ops import OPS
+
+
+def info() -> str:
+    """The report as text, a line or a few per part. It only looks: nothing is compiled, downloaded or run."""
+    lines = [f"{name:<10} {version}" for name, version in _versions()]
+    lines += ["", f"{'cpu':<10} {_processor()}, {torch.get_num_threads()} threads", *_devices(), ""]
+    missing = _library.load()
+    lines += [f"{'_C.so':<10} {'loaded' if missing is None else missing}", "", "operators and their backends:"]
+    width = max(map(len, OPS), default=0)
+    for name in sorted(OPS):
+        backends = OPS[name].available()
+        lines.append(f"  {name:<{width}}  " + ", ".join(b for b, reason in backends.items() if reason is None))
+        lines += [f"  {'':<{width}}    not {b}: {reason}" for b, reason in backends.items() if reason is not None]
+    return "\n".join(lines)
+
+
+def _versions() -> list[tuple[str, str]]:
+    def installed(package: str) -> str:
+        try:
+            return importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+    where = Path(fastsr.__file__).parent
+    versions = [("fastsr", f"{installed('fastsr')} in {where}"), ("python", platform.python_version())]
+    return [*versions, ("torch", torch.__version__), *((p, installed(p)) for p in ("triton", "numpy"))]
+
+
+def _processor() -> str:
+    level = _library.isa()
+    if level is None:
+        level = f"torch says {torch.backends.cpu.get_cpu_capability()}"
+    return f"{_model_name()}, instruction set: {level}"
+
+
+def _model_name() -> str:
+    try:  # platform.processor() is empty or only the architecture on most Linux systems
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
+
+
+def _devices() -> list[str]:
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        return [f"{'cuda':<10} no device (torch is {built})"]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(index)
+        memory = p.total_memory / 2**30
+        found.append(
+            f"{f'cuda:{index}':<10} {p.name}, sm_{p.major}{p.minor}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
+        )
+    return found
+
+
+if __name__ == "__main__":
+    print(info())
