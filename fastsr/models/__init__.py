@@ -1,0 +1,163 @@
+"""The networks, one file each, and `load` and `create`, which pick one."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsr.checkpoints import read
+from fastsr.models.carn import CARN
+from fastsr.models.network import LoadError, Network, State
+
+NETWORKS: tuple[type[Network], ...] = (CARN,)
+"""Every network, in the order in which `load` considers them."""
+
+HINTS = tuple(sorted({hint for network in NETWORKS for hint in network.hints}))
+
+
+def create(name: str, **config: Any) -> Network:
+    """Builds an untrained network, in evaluation mode.
+
+    name: the network's name ("rcan", "esrgan", ...). config: fields of its Config dataclass; `scale=4` stands for
+    `scales=(4,)` where the network has one factor a model. Raises ValueError for an unknown name, TypeError for an
+    unknown field; both name what exists.
+    """
+    networks = {n.name: n for n in NETWORKS}
+    if name not in networks:
+        close = difflib.get_close_matches(name, networks, 1)
+        guess = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"create: expected name to be one of {', '.join(networks)}; got {name!r}{guess}")
+    network = networks[name]
+    fields = [f for f in network.Config.__dataclass_fields__]
+    if "scale" in config and "scale" not in fields and "scales" in fields:
+        config["scales"] = (config.pop("scale"),)
+        if "multi_scale" in fields:
+            config.setdefault("multi_scale", False)
+    unknown = [k for k in config if k not in fields]
+    if unknown:
+        raise TypeError(f"create: {name} has no field {', '.join(unknown)}; its fields are {', '.join(fields)}")
+    return network(network.Config(**config)).eval()
+
+
+def load(
+    source: str | os.PathLike[str] | State | nn.Module,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    **hints: Any,
+) -> Network:
+    """Loads trained weights into the network they belong to, recognised by its keys and shapes.
+
+    source: a `.pth`, `.pt` or `.safetensors` file; a state dict; or a module (somebody's implementation, also wrapped
+        by spandrel), whose state dict is read. Wrappings under `params_ema`, `params`, `state_dict` or `model` and the
+        prefix `module.` are taken off.
+    device, dtype: of the result. Default: a module's own; else the CPU and float32.
+    hints: constants that no file can say (`rgb_range`, `img_range`, `res_scale`, ...); each is used by the networks
+        that have it, and ignored by those that do not.
+
+    Returns the network in evaluation mode; its call is the authors' forward in the authors' value range, and its repr
+    shows what was decided. Raises LoadError (a ValueError) if no network fits, with the networks considered and the
+    keys that did not fit; FileNotFoundError; TypeError for an unknown hint or source.
+    """
+    unknown = [k for k in hints if k not in HINTS]
+    if unknown:
+        raise TypeError(f"load: no network knows the hint {', '.join(unknown)}; known are {', '.join(HINTS)}")
+    state, origin = _state_of(source)
+    module = _module_of(source)
+    if module is not None:
+        first = next(module.parameters(), None)
+        device = first.device if device is None and first is not None else device
+        dtype = first.dtype if dtype is None and first is not None else dtype
+    for network in NETWORKS:
+        dialect = network.detect(state)
+        if dialect is not None:
+            model = _build(network, dialect, state, hints, origin)
+            return model.to(device=device or "cpu", dtype=dtype or torch.float32).eval()
+    raise LoadError(_nothing_fits(state, origin))
+
+
+def _module_of(source: Any) -> nn.Module | None:
+    """The module that a source is or wraps (spandrel's descriptors hold theirs as `model`)."""
+    if isinstance(source, nn.Module):
+        return source
+    wrapped = getattr(source, "model", None)
+    return wrapped if isinstance(wrapped, nn.Module) else None
+
+
+def _state_of(source: Any) -> tuple[State, str]:
+    """The flat state dict of a source, without wrappings and prefixes, and what to call it in messages."""
+    module = _module_of(source)
+    if module is not None:
+        return unwrap(module.state_dict(), type(module).__name__), type(module).__name__
+    if isinstance(source, Mapping):
+        return unwrap(source, "the state dict"), "the state dict"
+    if isinstance(source, (str, os.PathLike)):
+        path = os.fspath(source)
+        return unwrap(read(path), path), path
+    raise TypeError(f"load: expected a path, a state dict or a module; got {type(source).__name__}")
+
+
+def unwrap(content: Mapping[str, Any], origin: str) -> State:
+    """Takes off the wrappings that training code puts around a state dict; raises LoadError if none is inside."""
+    for wrapping in ("params_ema", "params", "state_dict", "model"):
+        inner = content.get(wrapping)
+        if isinstance(inner, Mapping):
+            return unwrap(inner, origin)
+    state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
+    if not state:
+        raise LoadError(f"load: {origin}: expected a state dict; found {_some(list(content))} and no tensor among them")
+    while all(k.startswith("module.") for k in state):
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+    return state
+
+
+def _build(network: type[Network], dialect: str, state: State, hints: Mapping[str, Any], origin: str) -> Network:
+    """Builds the network a state dict was recognised as and fills it; every key has to fit."""
+    try:
+        converted = dict(network.convert(state, dialect))
+        chosen = {k: v for k, v in hints.items() if k in network.hints}
+        config = network.config_from(converted, dialect, chosen)
+        with torch.device("meta"):
+            model = network(config)
+    except (KeyError, IndexError, StopIteration, RuntimeError, ValueError) as error:
+        cause = f"the key {error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        raise LoadError(f"load: {origin} looks like {network.name} ({dialect}) but {cause}") from error
+    own = model.state_dict()
+    problems = {
+        "missing keys": [k for k in own if k not in converted],
+        "unexpected keys": [k for k in converted if k not in own],
+        "wrong shapes": [
+            f"{k} {list(converted[k].shape)} instead of {list(own[k].shape)}"
+            for k in own
+            if k in converted and converted[k].shape != own[k].shape
+        ],
+    }
+    if any(problems.values()):
+        details = "; ".join(f"{what}: {_some(keys)}" for what, keys in problems.items() if keys)
+        raise LoadError(f"load: {origin} looks like {network.name} ({dialect}) but does not fit {config}: {details}")
+    model = model.to_empty(device="cpu")  # a network holds no tensor outside its state dict
+    model.load_state_dict(converted)
+    return model
+
+
+def _some(names: list[str], most: int = 6) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more if names else "nothing"
+
+
+def _nothing_fits(state: State, origin: str) -> str:
+    """The message for a state dict that is none of the networks: each one with the keys it would need."""
+    lines = []
+    for network in NETWORKS:
+        missing = [[k for k in keys if k not in state] for keys in network.dialects.values()]
+        closest = min(missing, key=len)
+        lines.append(f"  {network.name}: no {_some(closest, 3)}")
+    return (
+        f"load: {origin} is none of the networks known here. Its keys: {_some(list(state))}.\nConsidered:\n"
+        + "\n".join(lines)
+    )

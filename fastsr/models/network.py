@@ -1,0 +1,111 @@
+"""The base class of every network: what `load`, `create`, `upscale` and `info` ask of one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+State = Mapping[str, Tensor]
+
+RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, as EDSR and its descendants use it; RGB, for values 0..1
+
+
+class LoadError(ValueError):
+    """A file, state dict or module that is not one of the networks, or not completely."""
+
+
+class Network(nn.Module):
+    """A network with the authors' parameter names and the authors' forward.
+
+    Class attributes
+        name: the network's name for `fastsr.create` and in messages.
+        Config: a frozen dataclass of all sizes and constants; `self.config` is one.
+        dialects: dialect name -> keys that a state dict of that dialect holds and no other network's does.
+            The first dialect is the authors' own, which is the module's.
+        hints: fields of Config that no file can say; `load(..., field=value)` sets them.
+        colour: "rgb" or "y", what the images are (BT.601 luma as MATLAB's rgb2ycbcr gives it, scaled to value_range).
+
+    Networks that upscale images have `scales` and `value_range`; for the others (discriminators, feature networks)
+    `scales` is empty.
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    dialects: ClassVar[dict[str, tuple[str, ...]]]
+    hints: ClassVar[tuple[str, ...]] = ()
+    colour: ClassVar[str] = "rgb"
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    # What a checkpoint is.
+
+    @classmethod
+    def detect(cls, state: State) -> str | None:
+        """The dialect whose keys the state dict holds, or None if it is another network's."""
+        return next((d for d, keys in cls.dialects.items() if all(k in state for k in keys)), None)
+
+    @classmethod
+    def convert(cls, state: State, dialect: str) -> State:
+        """The state dict under the module's own keys. `dialect` is what `detect` returned."""
+        return state
+
+    @classmethod
+    def config_from(cls, state: State, dialect: str, hints: Mapping[str, Any]) -> Any:
+        """The Config that fits a converted state dict; `hints` holds only names listed in `cls.hints`."""
+        raise TypeError(f"{cls.__name__} does not define config_from")
+
+    # What it does with images.
+
+    @property
+    def scales(self) -> tuple[int, ...]:
+        """The factors this network upscales by; empty if it does not upscale images."""
+        return ()
+
+    @property
+    def value_range(self) -> tuple[float, float]:
+        """Black and white at the network's input and output."""
+        return 0.0, 1.0
+
+    def super_resolve(self, x: Tensor, scale: int) -> Tensor:
+        """Upscales images: (N, C, H, W) in `value_range` to exactly (N, C, H * scale, W * scale), for any H and W >= 1.
+
+        The network's own call is the authors' forward; this one also does what their scripts do around it
+        (interpolating first, padding to a multiple, completing a border).
+        """
+        return self(x)
+
+    @property
+    def parameter_count(self) -> int:
+        """The number of parameters, frozen ones included, buffers not."""
+        return sum(p.numel() for p in self.parameters())
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return next(self.parameters()).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(self.parameters()).device
+
+    def summary(self) -> str:
+        """One line: the class, every field of the configuration, the parameter count."""
+        fields = ", ".join(f"{f.name}={getattr(self.config, f.name)!r}" for f in dataclasses.fields(self.config))
+        return f"{type(self).__name__}({fields}): {self.parameter_count:,} parameters"
+
+    def extra_repr(self) -> str:
+        """The configuration that was built or read from the file."""
+        return self.summary()
+
+
+def indices(state: State, prefix: str) -> list[int]:
+    """The numbers n for which a key starts with `<prefix>.<n>.`, sorted; for counting blocks."""
+    found = {key[len(prefix) + 1 :].split(".", 1)[0] for key in state if key.startswith(prefix + ".")}
+    return sorted(int(n) for n in found if n.isdigit())

@@ -1,0 +1,422 @@
+"""The operator boundary: registration, dispatch, fake tensors, autograd and autocast of every fastsr operator.
+
+An operator is its eager definition, decorated. `@op` reads the schema from the type hints and registers
+`torch.ops.fastsr.<name>`; `check`, `alloc`, `samples`, `recipe` and `backends` complete it. Below the dispatcher a
+*plan* picks the first backend that gives no reason against itself, so `torch.compile` sees one opaque operator
+whichever kernel runs. The rules that hold for every operator:
+
+* Arguments are `Tensor`, `Tensor | None`, `list[Tensor]` and scalars; results are `Tensor` or a tuple of them.
+* Results have the shape, dtype and strides of `alloc`, on every backend, eager included.
+* Gradients are made for the inputs that need them and only for those. They are the vector-Jacobian product of the
+  eager definition, recomputed in the backward pass; second derivatives work in eager mode.
+* Autocast: every floating-point argument except float64 is cast to the autocast dtype, which is then the dtype of
+  the result, as `torch.autocast` does for convolutions.
+* A plan is remembered by (forced backend, global switches, dtype, device, shape, stride and alignment of every
+  tensor, every scalar). That is all a backend's reason may read. At most `PLAN_LIMIT` plans are kept an operator.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PLAN_LIMIT = 512
+ALIGNMENT = 64  # bytes; a plan may rely on the alignment its tensors had up to a cache line
+
+LIBRARY = torch.library.Library("fastsr", "DEF")
+OPS: dict[str, Op[..., Any]] = {}
+
+_UNSET = object()
+_HOLE = torch.empty(0)  # stands where a saved tensor goes
+_forced_here: contextvars.ContextVar[Any] = contextvars.ContextVar("fastsr_forced_backend", default=_UNSET)
+_forced_everywhere: list[tuple[object, str | None]] = []
+_forced_lock = threading.Lock()
+_calls: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("fastsr_calls", default=None)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to compute an operator.
+
+    reason: takes the operator's arguments; returns None if this backend can compute them, else a sentence saying why
+        not. It may read the arguments' metadata only (dtype, device, shape, stride, alignment, scalars).
+    run: takes the output made by `alloc`, then the operator's arguments, and fills the output.
+    missing: returns why the backend cannot be used on this machine at all (not built, no device), or None.
+    """
+
+    reason: Callable[..., str | None]
+    run: Callable[..., None]
+    missing: Callable[[], str | None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One operator call as reported by `explain`: what ran, and why the backends before it did not."""
+
+    op: str
+    backend: str
+    refused: dict[str, str]
+    shapes: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class _Spec:
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Plan:
+    name: str
+    run: Callable[..., None] | None  # None: the eager definition
+    refused: dict[str, str]
+    results: tuple[_Spec, ...] = field(default=())
+
+
+@contextlib.contextmanager
+def use(backend: str | None) -> Iterator[None]:
+    """Forces every operator called inside onto one backend: "cuda", "triton", "cpu" or "eager"; None lets each choose.
+
+    An operator that the backend cannot compute raises RuntimeError with the reason instead of running elsewhere.
+    The choice holds for this thread (and asyncio task) and for every other thread that has made none of its own, so
+    that the worker threads of a data loader, a pool or autograd follow it.
+    """
+    entry = (object(), backend)
+    token = _forced_here.set(backend)
+    with _forced_lock:
+        _forced_everywhere.append(entry)
+    try:
+        yield
+    finally:
+        with _forced_lock:
+            _forced_everywhere.remove(entry)
+        _forced_here.reset(token)
+
+
+def _forced() -> str | None:
+    here = _forced_here.get()
+    if here is not _UNSET:
+        return here
+    with _forced_lock:
+        return _forced_everywhere[-1][1] if _forced_everywhere else None
+
+
+def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Call]:
+    """Runs `function(*args, **kwargs)` (an operator, a layer, a network) and returns the operator calls it made in
+    this thread, each with the backend that ran and the reasons of those that refused."""
+    calls: list[Call] = []
+    token = _calls.set(calls)
+    try:
+        function(*args, **kwargs)
+    finally:
+        _calls.reset(token)
+    return calls
+
+
+def describe(value: Any) -> str:
+    """A short form of an argument for messages: `float32[1, 64, 48, 48]` for tensors, `repr` for the rest."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)} on {value.device}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(describe(v) for v in value) + "]"
+    return repr(value)
+
+
+def expect(condition: bool, expectation: str, **got: Any) -> None:
+    """Raises ValueError("expected <expectation>; got name=value, ...") unless the condition holds. For `check`."""
+    if not condition:
+        raise ValueError(f"expected {expectation}; got " + ", ".join(f"{k}={describe(v)}" for k, v in got.items()))
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """True for a 4-D tensor stored N, H, W, C, also for a slice of its channels; False where both layouts agree."""
+    return x.dim() == 4 and x.stride(1) == 1 and x.stride(3) >= x.shape[1] and not x.is_contiguous()
+
+
+def empty_image(like: Tensor, shape: Sequence[int], *, channels_last: bool | None = None) -> Tensor:
+    """An uninitialised (N, C, H, W) tensor with the dtype and device of `like`, and its layout unless stated."""
+    channels_last = is_channels_last(like) if channels_last is None else channels_last
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def _tensors(args: Sequence[Any]) -> list[Tensor]:
+    """All tensors among the arguments, lists opened, in order."""
+    found: list[Tensor] = []
+    for a in args:
+        if isinstance(a, Tensor):
+            found.append(a)
+        elif isinstance(a, (list, tuple)):
+            found.extend(t for t in a if isinstance(t, Tensor))
+    return found
+
+
+def _is_list(a: Any) -> bool:
+    """True for a list of tensors."""
+    return isinstance(a, (list, tuple)) and all(isinstance(t, Tensor) for t in a)
+
+
+def _replace(args: Sequence[Any], tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments with their tensors, in the order of `_tensors`, exchanged for those given."""
+    new = iter(tensors)
+
+    def one(a: Any) -> Any:
+        if isinstance(a, Tensor):
+            return next(new)
+        if isinstance(a, (list, tuple)):
+            return [next(new) if isinstance(t, Tensor) else t for t in a]
+        return a
+
+    return tuple(one(a) for a in args)
+
+
+def _switches() -> tuple[Any, ...]:
+    """The global switches that a backend's reason may read."""
+    return torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+
+
+def _key(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.device, value.shape, value.stride(), value.data_ptr() % ALIGNMENT
+    if isinstance(value, (list, tuple)):
+        return tuple(_key(v) for v in value)
+    return value
+
+
+def _shapes(args: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(
+        tuple(a.shape) if isinstance(a, Tensor) else [tuple(t.shape) for t in a] if isinstance(a, (list, tuple)) else a
+        for a in args
+    )
+
+
+def _conform(result: Tensor, spec: _Spec) -> Tensor:
+    """The result in the dtype and strides promised by `alloc`, copied only if it has others."""
+    if tuple(result.shape) != spec.shape:
+        raise RuntimeError(f"alloc promises the shape {spec.shape} but the definition returns {tuple(result.shape)}")
+    if result.dtype == spec.dtype and result.stride() == spec.stride:
+        return result
+    return torch.empty_strided(spec.shape, spec.stride, dtype=spec.dtype, device=result.device).copy_(result)
+
+
+class Op(Generic[P, R]):
+    """An operator; made by decorating its eager definition with `@op`. See the module's docstring for the rules.
+
+    Attributes: `name`; `eager`, the undecorated definition; `default`, the `torch._ops.OpOverload`.
+    """
+
+    def __init__(self, eager: Callable[P, R]) -> None:
+        self.eager = eager
+        self.name = eager.__name__
+        self.samples_of: Callable[..., Iterator[tuple[Any, ...]]] | None = None
+        self.recipe_of: Callable[..., Any] | None = None
+        self._signature = inspect.signature(eager)
+        self._check: Callable[..., None] = lambda *args: None
+        self._alloc: Callable[..., Any] | None = None
+        self._backends: dict[str, Backend] = {}
+        self._plans: dict[Any, _Plan] = {}
+        functools.update_wrapper(self, eager)
+        self._schema = torch.library.infer_schema(eager, mutates_args=())
+        LIBRARY.define(self.name + self._schema)
+        LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        self.default = getattr(torch.ops.fastsr, self.name).default
+        for device in ("cpu", "cuda"):
+            LIBRARY.impl(self.name, functools.partial(self._autocast, device), f"Autocast{device.upper()}")
+        self._register_autograd()
+        OPS[self.name] = self
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self.default(*args, **kwargs)
+
+    # What an operator's file adds to its definition.
+
+    def check(self, function: Callable[..., None]) -> Callable[..., None]:
+        """Decorator: raises ValueError (through `expect`) on bad arguments; runs once per new plan and when traced."""
+        self._check = function
+        return function
+
+    def alloc(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: makes the output of every backend; it is the fake kernel too, so it reads metadata only."""
+        self._alloc = function
+
+        def fake(*args: Any, **kwargs: Any) -> Any:
+            bound = self._bind(args, kwargs)
+            self._checked(bound)
+            return function(*bound)
+
+        torch.library.register_fake(f"fastsr::{self.name}", fake, lib=LIBRARY)
+        return function
+
+    def samples(self, function: Callable[..., Iterator[tuple[Any, ...]]]) -> Callable[..., Iterator[tuple[Any, ...]]]:
+        """Decorator: a generator of argument tuples, smallest first, given `make(*shape) -> Tensor`. Feeds tests,
+        benchmarks and tuning."""
+        self.samples_of = function
+        return function
+
+    def recipe(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorator: takes the operator's arguments, returns the `fastsr.recipes.Recipe` that computes them."""
+        self.recipe_of = function
+        return function
+
+    def backends(self, **backends: Backend) -> None:
+        """The backends in order of preference; eager is always last and needs no entry."""
+        self._backends = backends
+        self._plans.clear()
+
+    # What others ask of it.
+
+    def available(self) -> dict[str, str | None]:
+        """Per backend: why it cannot be used on this machine, or None. "eager" is always there."""
+        return {name: b.missing() for name, b in self._backends.items()} | {"eager": None}
+
+    def reasons(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, str | None]:
+        """Per backend: why it cannot compute these arguments, or None. Raises ValueError on bad arguments."""
+        bound = self._bind(args, kwargs)
+        self._checked(bound)
+        return self._reasons(bound)
+
+    # Dispatch.
+
+    def _bind(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Any, ...]:
+        bound = self._signature.bind(*args, **(kwargs or {}))
+        bound.apply_defaults()  # the dispatcher drops arguments that equal their default
+        return bound.args
+
+    def _checked(self, args: tuple[Any, ...]) -> None:
+        try:
+            self._check(*args)
+        except ValueError as error:
+            raise ValueError(f"fastsr::{self.name}: {error}") from None
+
+    def _reasons(self, args: tuple[Any, ...]) -> dict[str, str | None]:
+        reasons = {name: b.missing() or b.reason(*args) for name, b in self._backends.items()}
+        return reasons | {"eager": None}
+
+    def _plan(self, forced: str | None, args: tuple[Any, ...]) -> _Plan:
+        self._checked(args)
+        reasons = self._reasons(args)
+        if forced is not None and forced not in reasons:
+            have = ", ".join(reasons)
+            raise RuntimeError(f"fastsr::{self.name}: no backend '{forced}' (have {have})")
+        if forced is not None and reasons[forced]:
+            raise RuntimeError(f"fastsr::{self.name}: backend '{forced}' rejected: {reasons[forced]}")
+        name = forced or next(n for n, reason in reasons.items() if reason is None)
+        chosen = self._backends.get(name)
+        refused = {n: r for n, r in reasons.items() if r is not None}
+        return _Plan(name, chosen.run if chosen else None, refused, self._results(args))
+
+    def _results(self, args: tuple[Any, ...]) -> tuple[_Spec, ...]:
+        """What `alloc` makes of these arguments, learnt on the meta device."""
+        shadows = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in _tensors(args)]
+        made = self._allocate(_replace(args, shadows))
+        made = made if isinstance(made, tuple) else (made,)
+        return tuple(_Spec(tuple(m.shape), m.stride(), m.dtype) for m in made)
+
+    def _allocate(self, args: tuple[Any, ...]) -> Any:
+        if self._alloc is None:
+            raise RuntimeError(f"fastsr::{self.name}: the operator has no alloc; add one with @{self.name}.alloc")
+        return self._alloc(*args)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._bind(args, kwargs)
+        forced = _forced()
+        key = (forced, _switches(), tuple(_key(a) for a in bound))
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plan(forced, bound)
+            while len(self._plans) >= PLAN_LIMIT:  # the oldest goes; pop's default covers another thread's pop
+                self._plans.pop(next(iter(list(self._plans))), None)
+            self._plans[key] = plan
+        calls = _calls.get()
+        if calls is not None:
+            calls.append(Call(self.name, plan.name, plan.refused, _shapes(bound)))
+        if plan.run is None:
+            result: Any = self.eager(*bound)  # type: ignore[call-arg]
+            if isinstance(result, tuple):
+                return tuple(_conform(r, s) for r, s in zip(result, plan.results, strict=True))
+            return _conform(result, plan.results[0])
+        out = self._allocate(bound)
+        plan.run(out, *bound)
+        return out
+
+    def _autocast(self, device: str, *args: Any, **kwargs: Any) -> Any:
+        bound = self._bind(args, kwargs)
+        dtype = torch.get_autocast_dtype(device)
+        cast = [t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in _tensors(bound)]
+        keys = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
+        keys = keys | torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCUDA)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return self.default(*_replace(bound, cast))
+
+    # Gradients.
+
+    def _vjp(self, grads: Sequence[Tensor], needs: Sequence[bool], args: tuple[Any, ...], create_graph: bool) -> list:
+        """Gradients of the eager definition for the tensors marked in `needs`; zeros where it does not depend on one."""
+        with torch.enable_grad(), torch.autocast(grads[0].device.type, enabled=False):
+            tensors = _tensors(args)
+            if not create_graph:
+                tensors = [t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
+            result: Any = self.eager(*_replace(args, tensors))  # type: ignore[call-arg]
+            results = result if isinstance(result, tuple) else (result,)
+            wanted = [t for t, n in zip(tensors, needs, strict=True) if n]
+            made = torch.autograd.grad(results, wanted, list(grads), allow_unused=True, create_graph=create_graph)
+        return [torch.zeros_like(t) if g is None else g for g, t in zip(made, wanted, strict=True)]
+
+    def _register_autograd(self) -> None:
+        backward_name = f"{self.name}_backward"
+        arguments = self._schema.split(" -> ")[0].removeprefix("(").removesuffix(")")
+        LIBRARY.define(f"{backward_name}(Tensor[] grads, bool[] needs, {arguments}) -> Tensor[]")
+
+        def backward_kernel(grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
+            bound = self._bind(args)
+            wanted = [t for t, n in zip(_tensors(bound), needs, strict=True) if n]
+            made = self._vjp(grads, needs, bound, create_graph=False)
+            likes = [torch.empty_like(t, device="meta") for t in wanted]
+            return [_conform(g, _Spec(tuple(s.shape), s.stride(), s.dtype)) for g, s in zip(made, likes, strict=True)]
+
+        def backward_fake(grads: list[Tensor], needs: list[bool], *args: Any) -> list[Tensor]:
+            return [torch.empty_like(t) for t, n in zip(_tensors(self._bind(args)), needs, strict=True) if n]
+
+        LIBRARY.impl(backward_name, backward_kernel, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastsr::{backward_name}", backward_fake, lib=LIBRARY)
+        backward_op = getattr(torch.ops.fastsr, backward_name).default
+
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            bound = self._bind(inputs)
+            tensors = _tensors(bound)
+            ctx.template = _replace(bound, [_HOLE] * len(tensors))
+            ctx.save_for_backward(*tensors)
+
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+            args = _replace(ctx.template, ctx.saved_tensors)
+            given = (
+                ctx.needs_input_grad
+            )  # one entry an argument; trailing arguments that equal their default are absent
+            needs: list[bool] = []
+            for a, need in zip(args, given, strict=False):
+                needs.extend(need if _is_list(a) else [need] if isinstance(a, Tensor) else [])
+            if torch.is_grad_enabled():  # create_graph=True: differentiate the definition itself once more
+                made = iter(self._vjp(grads, needs, args, create_graph=True))
+            else:
+                made = iter(backward_op(list(grads), needs, *args))
+            all_grads = _replace(args, [next(made) if need else None for need in needs])
+            pairs = zip(all_grads, args, strict=True)
+            return tuple(g if isinstance(a, Tensor) or _is_list(a) else None for g, a in pairs)[: len(given)]
+
+        torch.library.register_autograd(f"fastsr::{self.name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+op = Op

@@ -1,0 +1,152 @@
+"""Block operators as recipes: short lists of convolution descriptors over a private workspace.
+
+A recipe says which convolutions a block runs, from where they read, with which prologue and epilogue, and where they
+store. A device that implements `conv(descriptor)` therefore runs every recipe, and the few hand-fused blocks override
+one recipe each. The same list is what one C call or a CUDA graph walks, what memory planning reads, and what the
+tests run with the eager `conv` of this file against each operator's definition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastsr.ops.conv_act import conv_act
+
+
+@dataclass(frozen=True)
+class View:
+    """A range of channels of a named buffer; `channels=None` is all from `start` on."""
+
+    buffer: str
+    start: int = 0
+    channels: int | None = None
+
+    def of(self, buffers: dict[str, Tensor]) -> Tensor:
+        """The (N, channels, H, W) slice itself, sharing the buffer's memory."""
+        whole = buffers[self.buffer]
+        channels = whole.shape[1] - self.start if self.channels is None else self.channels
+        return whole.narrow(1, self.start, channels)
+
+
+@dataclass(frozen=True)
+class Conv:
+    """One convolution; the fields mean what the arguments of `fastsr.ops.conv_act` mean, beside these.
+
+    sources: read as one concatenation. store: where the result goes. skip: added after gain and scale.
+    scale: name of an (N, Cout) buffer. sums: name of an (N, Cout, 3, 3) buffer that receives, in the same pass, the
+    sums of the stored values over the pixels that each tap of a following zero-padded 3x3 convolution reads.
+    modulate: (scale, shift) maps of the output's shape; the result is y * (1 + scale) + shift, or y * scale + shift
+    if `modulate_plain`, before the activation that `post_relu` stands for.
+    """
+
+    sources: tuple[View, ...]
+    weight: Tensor
+    bias: Tensor | None
+    store: View
+    stride: int = 1
+    padding: int = 0
+    groups: int = 1
+    transposed: bool = False
+    pre_scale: Tensor | None = None
+    pre_shift: Tensor | None = None
+    pre_relu: bool = False
+    upsample: int = 1
+    act: str = "none"
+    slope: float = 0.0
+    prelu: Tensor | None = None
+    gain: float = 1.0
+    scale: str | None = None
+    skip: View | None = None
+    skip_gain: float = 1.0
+    post_relu: bool = False
+    shuffle: int = 1
+    shuffle_order: str = "torch"
+    sums: str | None = None
+    modulate: tuple[View, View] | None = None
+    modulate_plain: bool = False
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Channel attention computed before the convolution it scales (operators.md, rewrite 1), a tiny kernel.
+
+    From the nine sums S of h: mean(W * h + b) = b + sum(W[o, i, ky, kx] S[i, ky, kx]) / pixels, then
+    sigmoid(up_weight relu(down_weight mean + down_bias) + up_bias), stored as an (N, C) buffer.
+    """
+
+    sums: str
+    pixels: int
+    weight: Tensor
+    bias: Tensor | None
+    down_weight: Tensor
+    down_bias: Tensor
+    up_weight: Tensor
+    up_bias: Tensor
+    store: str
+
+
+Step = Conv | Gate
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Steps over named buffers. inputs: the operator's image arguments; workspace: name -> shape of everything else,
+    among them the `output`, the buffer that is the operator's result."""
+
+    inputs: dict[str, Tensor]
+    workspace: dict[str, tuple[int, ...]]
+    steps: tuple[Step, ...]
+    output: str = "out"
+
+
+def border_sums(h: Tensor) -> Tensor:
+    """(N, C, H, W) -> (N, C, 3, 3): entry (ky, kx) is the sum over the pixels that tap (ky, kx) of a zero-padded 3x3
+    convolution reads: the total without the last row (ky = 0) or the first (ky = 2), columns likewise."""
+    rows = torch.stack([h[:, :, :-1].sum(2), h.sum(2), h[:, :, 1:].sum(2)], 2)
+    return torch.stack([rows[..., :-1].sum(3), rows.sum(3), rows[..., 1:].sum(3)], 3)
+
+
+def eager_gate(step: Gate, buffers: dict[str, Tensor]) -> None:
+    """Runs a Gate with torch operators, filling its buffer."""
+    mean = torch.einsum("oiyx,niyx->no", step.weight, buffers[step.sums]) / step.pixels
+    if step.bias is not None:
+        mean = mean + step.bias
+    hidden = torch.relu(mean @ step.down_weight.flatten(1).T + step.down_bias)
+    buffers[step.store].copy_(torch.sigmoid(hidden @ step.up_weight.flatten(1).T + step.up_bias))
+
+
+def eager_conv(step: Conv, buffers: dict[str, Tensor]) -> None:
+    """Runs a Conv with the eager definition of `conv_act`, filling its slice: what every device's `conv` answers to."""
+    y = conv_act.eager(
+        [v.of(buffers) for v in step.sources], step.weight, step.bias, step.stride, step.padding, step.groups,
+        step.transposed, step.pre_scale, step.pre_shift, step.pre_relu, step.upsample, step.act, step.slope,
+        step.prelu, step.gain, None if step.scale is None else buffers[step.scale],
+        None if step.skip is None else step.skip.of(buffers), step.skip_gain,
+        step.post_relu and step.modulate is None, step.shuffle, step.shuffle_order,
+    )  # fmt: skip
+    if step.modulate is not None:
+        scale, shift = (v.of(buffers) for v in step.modulate)
+        y = y * (scale if step.modulate_plain else 1 + scale) + shift
+        y = torch.relu(y) if step.post_relu else y
+    step.store.of(buffers).copy_(y)
+    if step.sums is not None:
+        buffers[step.sums].copy_(border_sums(y))
+
+
+def run(
+    recipe: Recipe,
+    conv: Callable[[Conv, dict[str, Tensor]], None] = eager_conv,
+    gate: Callable[[Gate, dict[str, Tensor]], None] = eager_gate,
+) -> Tensor:
+    """Runs a recipe in a fresh workspace (filled with NaN, so that a read before a write shows) and returns its output."""
+    like = next(iter(recipe.inputs.values()))
+    buffers = dict(recipe.inputs)
+    for name, shape in recipe.workspace.items():
+        buffers[name] = torch.full(shape, torch.nan, dtype=like.dtype, device=like.device)
+    for step in recipe.steps:
+        conv(step, buffers) if isinstance(step, Conv) else gate(step, buffers)
+    return buffers[recipe.output]
