@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from fastsr.image import io
 from fastsr.image.colour import rgb_to_gray, rgb_to_ycbcr, ycbcr_to_rgb
 from fastsr.image.resize import imresize
+from fastsr.models import Network, load
 
 if TYPE_CHECKING:
-    from fastsr.models import Network
+    from fastsr.train.zssr import ZSSRConfig
 
 ImageLike = TypeVar("ImageLike", np.ndarray, Image.Image, Tensor)
 
@@ -41,7 +42,8 @@ def upscale(
     model: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str] = ZSSR,
     *,
     scale: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    config: ZSSRConfig | None = None,
+    progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> ImageLike:
     """Enlarges an image by `scale`; the result is of the same kind and colour type as the input.
 
@@ -51,7 +53,7 @@ def upscale(
         "zssr", the network that learns from this one image (`fastsr.train.zssr`), which computes in float32 on the
         device of a tensor, and for other kinds on a CUDA device if there is one.
     scale: one of `model.scales`; may be left out when there is only one. ZSSR has 2, 3 and 4 and defaults to 2.
-    progress: ZSSR calls it with (iterations done, iterations at most); other networks make one pass and report nothing.
+    config, progress: settings of ZSSR, and what it calls after every iteration (`fastsr.train.zssr.zssr`).
     Raises TypeError or ValueError, before any work, for an image, model or scale that is not one of these or a result
     of more than MAX_PIXELS pixels, and FloatingPointError for a result that is not finite.
     """
@@ -59,8 +61,10 @@ def upscale(
     if isinstance(model, str) and model == ZSSR:
         scale = check_scale("ZSSR", ZSSR_SCALES, ZSSR_SCALES[0] if scale is None else scale)
         check_size(height, width, scale)
-        result = _learn(_to_tensor(image, torch.float32), scale, progress, on=default_device(image))
+        result = _learn(_to_tensor(image, torch.float32).to(default_device(image)), scale, config, progress)
     else:
+        if config is not None or progress is not None:
+            raise TypeError('upscale: config and progress are for model="zssr"; other networks make one pass')
         network = as_network(model)
         scale = check_scale(type(network).__name__, network.scales, scale)
         check_size(height, width, scale)
@@ -102,8 +106,6 @@ def image_size(image: np.ndarray | Image.Image | Tensor) -> tuple[int, int]:
 
 def as_network(model: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str]) -> Network:
     """The model itself, or what `fastsr.load` makes of it. Raises TypeError when that does not enlarge images."""
-    from fastsr.models import Network, load  # here because the networks are many modules that ZSSR does not need
-
     loaded = model if isinstance(model, Network) else load(model)
     if not isinstance(loaded, Network) or not loaded.scales:
         raise TypeError(f"model: expected a network that enlarges images, got {type(loaded).__name__}")
@@ -140,21 +142,22 @@ def default_device(image: object) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _learn(values: Tensor, scale: int, progress: Callable[[int, int], None] | None, on: torch.device) -> Tensor:
-    from fastsr.train.zssr import zssr
+def _learn(
+    values: Tensor, scale: int, config: ZSSRConfig | None, progress: Callable[[dict[str, Any]], None] | None
+) -> Tensor:
+    from fastsr.train.zssr import zssr  # here because training is not needed by anything else
 
-    return torch.cat([zssr(one, scale, progress=progress) for one in values.to(on).split(1)])
+    return torch.cat([zssr(one, scale, config=config, progress=progress) for one in values.split(1)])
 
 
 def _run(network: Network, image: np.ndarray | Image.Image | Tensor, scale: int) -> Tensor:
     """The result as (N, C, H * scale, W * scale), C as in the image, values 0..1 not clamped, at least float32."""
-    parameter = next(network.parameters())
-    wide = torch.promote_types(parameter.dtype, torch.float32)  # colour arithmetic in half precision would show
-    values = _to_tensor(image, wide).to(parameter.device)
+    wide = torch.promote_types(network.dtype, torch.float32)  # colour arithmetic in half precision would show
+    values = _to_tensor(image, wide).to(network.device)
     low, high = network.value_range
 
     def enlarge(x: Tensor) -> Tensor:
-        y = network.super_resolve((x * (high - low) + low).to(parameter.dtype), scale)
+        y = network.super_resolve((x * (high - low) + low).to(network.dtype), scale)
         return (y.to(wide) - low) / (high - low)
 
     with torch.inference_mode(), _evaluating(network):
