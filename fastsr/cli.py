@@ -84,8 +84,8 @@ def _load(file: str | Path, device: str) -> Network:
     try:
         return load(file, device=device)
     except (ValueError, TypeError, OSError) as error:
-        known = "" if Path(file).exists() else " (known names: zssr)"
-        raise Refused(f"{file}: {error}{known}") from error
+        known = "" if Path(file).exists() else " (names known without a file: zssr)"
+        raise Refused(f"{error}{known}") from error
 
 
 def _upscale(args: argparse.Namespace) -> int:
@@ -215,3 +215,7 @@ class _Progress:
         elif int(share * 10) > self.tenths:
             self.tenths = int(share * 10)
             print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ import torch
 
 import fastsr
 from fastsr import _library
-from fastsr.ops import OPS
+from fastsr.op import OPS
 
 
 def info() -> str:
