@@ -141,6 +141,8 @@ def zssr(
     """
     config = config or ZSSRConfig()
     _check_image(image)
+    if not (image.min() >= 0 and image.max() <= 1):  # so that NaN fails too
+        raise ValueError(f"zssr: image: expected values in 0..1, got {image.min():g}..{image.max():g}; clamp it first")
     image = image.detach().clone()  # a caller's inference tensor could not take part in learning
     factors = [pair(f) for f in config.scale_factors] or [pair(scale)]
     if factors[-1] != pair(scale):
