@@ -1,0 +1,131 @@
+"""What installing gives: the wheel with and without a compiler, the compiled library, and a quiet import."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastsr
+from fastsr import _library
+from fastsr.info import info
+from fastsr.op import OPS
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = Path(fastsr.__file__).with_name("_C.so")
+
+
+def _wheel(folder: Path, **environment: str) -> tuple[str, list[str], str]:
+    """Builds a wheel from a copy of the sources; returns its file name, the files inside, and what was printed."""
+    source = folder / "source"
+    for name in ("csrc", "fastsr", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, source)
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation", "-w", folder, source]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (path,) = folder.glob("*.whl")
+    return path.name, zipfile.ZipFile(path).namelist(), done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def setuptools():
+    return pytest.importorskip("setuptools", minversion="77")
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"FASTSR_BUILD": "0"}, "FASTSR_BUILD=0"),
+        ({"PATH": "", "CXX": ""}, "no C++ compiler was found"),
+        ({"CXX": "no-such-compiler"}, "no C++ compiler was found"),
+        ({"TORCH_DIR": "no-such-folder"}, "no stable ABI headers"),
+    ],
+)
+def test_without_a_compiler_the_wheel_is_python_only_and_says_why(tmp_path, setuptools, environment, reason):
+    name, files, printed = _wheel(tmp_path, **environment)
+    assert name.endswith("-py3-none-any.whl")
+    assert f"without compiled operators: {reason}" in printed
+    assert not [f for f in files if f.endswith(".so")]
+    for expected in ("fastsr/op.py", "fastsr/py.typed", "fastsr/models/carn.py", "fastsr/kernels/__init__.py"):
+        assert expected in files
+    packages = {f.split("/")[0] for f in files}
+    assert packages == {"fastsr", next(p for p in packages if p.endswith(".dist-info"))}
+
+
+def test_with_a_compiler_the_wheel_holds_the_library(tmp_path, setuptools):
+    if not sys.platform.startswith("linux") or shutil.which("g++") is None:
+        pytest.skip("needs g++ on Linux")
+    name, files, printed = _wheel(tmp_path)
+    assert "-py3-none-linux" in name, "one wheel serves every Python"
+    assert "fastsr/_C.so" in files, printed
+
+
+def test_the_library_needs_nothing_of_libtorch_but_its_stable_abi():
+    if not LIBRARY.is_file():
+        pytest.skip(_library.load())
+    if shutil.which("nm") is None:
+        pytest.skip("needs nm")
+    done = subprocess.run(["nm", "-DC", "--undefined-only", LIBRARY], capture_output=True, text=True, check=True)
+    names = [line.split(maxsplit=1)[1] for line in done.stdout.splitlines()]
+    assert any(n.startswith("aoti_torch_") for n in names)
+    assert not [n for n in names if "at::" in n or "c10::" in n or "torch::" in n]
+
+
+def test_the_library_knows_the_processor():
+    if _library.load() is not None:
+        pytest.skip(_library.load())
+    levels = [torch.ops.fastsr_cpu.isa_name(level) for level in range(4)]
+    assert levels == ["baseline", "avx2", "avx512", "avx512_bf16"]
+    flags = set(Path("/proc/cpuinfo").read_text().split("\nflags", 1)[-1].split("\n", 1)[0].split())
+    expected = "baseline"
+    if {"avx2", "fma", "f16c"} <= flags:
+        expected = "avx2"
+        if {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+            expected = "avx512_bf16" if "avx512_bf16" in flags else "avx512"
+    assert _library.isa() == expected
+    with pytest.raises(RuntimeError, match="isa_name: argument 'level': expected a level from 0 to 3, got 4"):
+        torch.ops.fastsr_cpu.isa_name(4)
+
+
+def test_a_library_that_does_not_load_is_a_reason_not_a_crash(tmp_path, monkeypatch):
+    monkeypatch.setattr(_library, "_PATH", tmp_path / "_C.so")
+    load = _library.load.__wrapped__  # without the memory of what was found before
+    assert "was not built" in load()
+    (tmp_path / "_C.so").write_bytes(b"no library")
+    assert "does not load" in load()
+
+
+@pytest.mark.parametrize("version", ["2.10.1", "1.13.0+cpu"])
+def test_an_old_torch_is_refused(monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    with pytest.raises(ImportError, match=rf"torch 2\.11 or newer, but this is torch {version.split('+')[0]}"):
+        _library.require_torch()
+
+
+@pytest.mark.parametrize("version", ["2.11.0", "2.13.0+cpu", "3.0.0a0+git1234"])
+def test_a_new_torch_is_accepted(monkeypatch, version):
+    monkeypatch.setattr(torch, "__version__", version)
+    _library.require_torch()
+
+
+def test_import_prints_nothing_and_loads_no_kernels():
+    code = "import sys, torch, fastsr; print(hasattr(torch.ops.fastsr_cpu, 'isa'), 'fastsr.kernels' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "False False\n", "")
+
+
+def test_info_names_everything():
+    lines = info().splitlines()
+    for part in ("fastsr", "python", "torch", "triton", "numpy", "cpu", "_C.so"):
+        assert any(line.startswith(part) for line in lines), part
+    for name in OPS:
+        assert any(line.split()[:1] == [name] and "eager" in line for line in lines), name
+    done = subprocess.run([sys.executable, "-m", "fastsr.info"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith("fastsr") and not done.stderr
