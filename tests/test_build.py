@@ -44,7 +44,7 @@ def setuptools():
         ({"FASTSR_BUILD": "0"}, "FASTSR_BUILD=0"),
         ({"PATH": "", "CXX": ""}, "no C++ compiler was found"),
         ({"CXX": "no-such-compiler"}, "no C++ compiler was found"),
-        ({"TORCH_DIR": "no-such-folder"}, "no stable ABI headers"),
+        ({"TORCH_DIR": "no-such-folder"}, "the torch in no-such-folder has no stable ABI headers"),
     ],
 )
 def test_without_a_compiler_the_wheel_is_python_only_and_says_why(tmp_path, setuptools, environment, reason):
