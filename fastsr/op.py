@@ -224,6 +224,8 @@ class Op(Generic[P, R]):
         self.samples_of: Callable[..., Iterator[tuple[Any, ...]]] | None = None
         self.recipe_of: Callable[..., Any] | None = None
         self._signature = inspect.signature(eager)
+        self._defaults = tuple(p.default for p in self._signature.parameters.values())
+        self._required = sum(d is inspect.Parameter.empty for d in self._defaults)
         self._check: Callable[..., None] = lambda *args: None
         self._alloc: Callable[..., Any] | None = None
         self._backends: dict[str, Backend] = {}
@@ -291,8 +293,10 @@ class Op(Generic[P, R]):
     # Dispatch.
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Any, ...]:
+        if not kwargs and len(args) >= self._required:  # the dispatcher drops trailing arguments that equal their default
+            return (*args, *self._defaults[len(args) :])
         bound = self._signature.bind(*args, **(kwargs or {}))
-        bound.apply_defaults()  # the dispatcher drops arguments that equal their default
+        bound.apply_defaults()
         return bound.args
 
     def _checked(self, args: tuple[Any, ...]) -> None:
