@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from fastsr.checkpoints import read
 from fastsr.models.carn import CARN
+from fastsr.models.memnet import MemNet, OriginalMemNet
 from fastsr.models.network import LoadError, Network, State
 from fastsr.models.zssr import ZSSR
 
-NETWORKS: tuple[type[Network], ...] = (CARN, ZSSR)
+NETWORKS: tuple[type[Network], ...] = (CARN, ZSSR, MemNet, OriginalMemNet)
 """Every network, in the order in which `load` considers them."""
 
 HINTS = tuple(sorted({hint for network in NETWORKS for hint in network.hints}))

@@ -1,8 +1,25 @@
 """The operators, one file each. Importing this package registers all of them in `fastsr.op.OPS`."""
 
 from fastsr.ops.conv_act import conv_act
+from fastsr.ops.dense_block import dense_block
+from fastsr.ops.down_projection import down_projection
+from fastsr.ops.memory_block import memory_block
 from fastsr.ops.res_block import res_block
 from fastsr.ops.residual_e import residual_e
 from fastsr.ops.resize_bicubic import resize_bicubic
+from fastsr.ops.sft_block import sft_block
+from fastsr.ops.sft_layer import sft_layer
+from fastsr.ops.up_projection import up_projection
 
-__all__ = ["conv_act", "res_block", "residual_e", "resize_bicubic"]
+__all__ = [
+    "conv_act",
+    "dense_block",
+    "down_projection",
+    "memory_block",
+    "res_block",
+    "residual_e",
+    "resize_bicubic",
+    "sft_block",
+    "sft_layer",
+    "up_projection",
+]
