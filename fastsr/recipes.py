@@ -39,8 +39,8 @@ class Conv:
     sources: read as one concatenation. store: where the result goes. skip: added after gain and scale.
     scale: name of an (N, Cout) buffer. sums: name of an (N, Cout, 3, 3) buffer that receives, in the same pass, the
     sums of the stored values over the pixels that each tap of a following zero-padded 3x3 convolution reads.
-    modulate: (scale, shift) maps of the output's shape; the result is y * (1 + scale) + shift, or y * scale + shift
-    if `modulate_plain`, before the activation that `post_relu` stands for.
+    modulate: (factor, term) maps of the output's shape; what stands before post_relu becomes y * factor + term. It does
+    not go together with skip or shuffle. outer: a second skip, last of all: outer + outer_gain * y is stored.
     """
 
     sources: tuple[View, ...]
@@ -67,7 +67,8 @@ class Conv:
     shuffle_order: str = "torch"
     sums: str | None = None
     modulate: tuple[View, View] | None = None
-    modulate_plain: bool = False
+    outer: View | None = None
+    outer_gain: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,11 @@ def eager_conv(step: Conv, buffers: dict[str, Tensor]) -> None:
         step.post_relu and step.modulate is None, step.shuffle, step.shuffle_order,
     )  # fmt: skip
     if step.modulate is not None:
-        scale, shift = (v.of(buffers) for v in step.modulate)
-        y = y * (scale if step.modulate_plain else 1 + scale) + shift
+        factor, term = (v.of(buffers) for v in step.modulate)
+        y = y * factor + term
         y = torch.relu(y) if step.post_relu else y
+    if step.outer is not None:
+        y = step.outer.of(buffers) + y * step.outer_gain
     step.store.of(buffers).copy_(y)
     if step.sums is not None:
         buffers[step.sums].copy_(border_sums(y))
