@@ -36,7 +36,8 @@ class View:
 class Conv:
     """One convolution; the fields mean what the arguments of `fastsr.ops.conv_act` mean, beside these.
 
-    sources: read as one concatenation. store: where the result goes. skip: added after gain and scale.
+    sources: read as one concatenation. store: where the result goes. skip: added after gain and scale; several views are
+    read as one concatenation.
     scale: name of an (N, Cout) buffer. sums: name of an (N, Cout, 3, 3) buffer that receives, in the same pass, the
     sums of the stored values over the pixels that each tap of a following zero-padded 3x3 convolution reads.
     modulate: (factor, term) maps of the output's shape; what stands before post_relu becomes y * factor + term. It does
@@ -60,7 +61,7 @@ class Conv:
     prelu: Tensor | None = None
     gain: float = 1.0
     scale: str | None = None
-    skip: View | None = None
+    skip: View | tuple[View, ...] | None = None
     skip_gain: float = 1.0
     post_relu: bool = False
     shuffle: int = 1
@@ -120,13 +121,19 @@ def eager_gate(step: Gate, buffers: dict[str, Tensor]) -> None:
     buffers[step.store].copy_(torch.sigmoid(hidden @ step.up_weight.flatten(1).T + step.up_bias))
 
 
+def _skip(skip: View | tuple[View, ...] | None, buffers: dict[str, Tensor]) -> Tensor | None:
+    if isinstance(skip, tuple):
+        return torch.cat([v.of(buffers) for v in skip], 1)
+    return None if skip is None else skip.of(buffers)
+
+
 def eager_conv(step: Conv, buffers: dict[str, Tensor]) -> None:
     """Runs a Conv with the eager definition of `conv_act`, filling its slice: what every device's `conv` answers to."""
     y = conv_act.eager(
         [v.of(buffers) for v in step.sources], step.weight, step.bias, step.stride, step.padding, step.groups,
         step.transposed, step.pre_scale, step.pre_shift, step.pre_relu, step.upsample, step.act, step.slope,
         step.prelu, step.gain, None if step.scale is None else buffers[step.scale],
-        None if step.skip is None else step.skip.of(buffers), step.skip_gain,
+        _skip(step.skip, buffers), step.skip_gain,
         step.post_relu and step.modulate is None, step.shuffle, step.shuffle_order,
     )  # fmt: skip
     if step.modulate is not None:
