@@ -2,6 +2,7 @@
 
     model = fastsr.load("RCAN_BIX4.pt")          # the authors' weights
     bigger = fastsr.upscale(image, model)        # NumPy, PIL or tensor in, the same out
+    mixed = fastsr.interpolate("RRDB_PSNR_x4.pth", "RRDB_ESRGAN_x4.pth", 0.8)
     fast = fastsr.optimize(model)                # the frozen inference form
     with fastsr.use("eager"): ...                # force a backend
 
@@ -14,9 +15,9 @@ _library.require_torch()
 
 from fastsr import ops  # noqa: E402, F401  (registers the operators)
 from fastsr.image.upscale import upscale  # noqa: E402
-from fastsr.models import LoadError, Network, create, load  # noqa: E402
+from fastsr.models import LoadError, Network, create, interpolate, load  # noqa: E402
 from fastsr.op import explain, use  # noqa: E402
 from fastsr.optimize import optimize  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["LoadError", "Network", "create", "explain", "load", "optimize", "upscale", "use"]
+__all__ = ["LoadError", "Network", "create", "explain", "interpolate", "load", "optimize", "upscale", "use"]

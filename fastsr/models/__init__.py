@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +13,31 @@ from torch import Tensor, nn
 
 from fastsr.checkpoints import read
 from fastsr.models.carn import CARN
+from fastsr.models.dbpn import DBPN, DDBPN, DBPNDiscriminator
+from fastsr.models.esrgan import ESRGAN, ESRGANDiscriminator
+from fastsr.models.idn import IDN
 from fastsr.models.memnet import MemNet, OriginalMemNet
 from fastsr.models.network import LoadError, Network, State
+from fastsr.models.rcan import RCAN, RCANBasicSR
+from fastsr.models.sftgan import OutdoorSceneSeg, SFTNet
 from fastsr.models.zssr import ZSSR
 
-NETWORKS: tuple[type[Network], ...] = (CARN, ZSSR, MemNet, OriginalMemNet)
+NETWORKS: tuple[type[Network], ...] = (
+    CARN,
+    ZSSR,
+    MemNet,
+    OriginalMemNet,
+    RCAN,
+    RCANBasicSR,
+    DBPN,
+    DDBPN,
+    DBPNDiscriminator,
+    ESRGAN,
+    ESRGANDiscriminator,
+    SFTNet,
+    OutdoorSceneSeg,
+    IDN,
+)
 """Every network, in the order in which `load` considers them."""
 
 HINTS = tuple(sorted({hint for network in NETWORKS for hint in network.hints}))
@@ -60,7 +81,8 @@ def load(
         prefix `module.` are taken off.
     device, dtype: of the result. Default: a module's own; else the CPU and float32.
     hints: constants that no file can say (`rgb_range`, `img_range`, `res_scale`, ...); each is used by the networks
-        that have it, and ignored by those that do not.
+        that have it, and ignored by those that do not. A module's own attributes of these names are used where no
+        hint is given.
 
     Returns the network in evaluation mode; its call is the authors' forward in the authors' value range, and its repr
     shows what was decided. Raises LoadError (a ValueError) if no network fits, with the networks considered and the
@@ -78,9 +100,37 @@ def load(
     for network in NETWORKS:
         dialect = network.detect(state)
         if dialect is not None:
-            model = _build(network, dialect, state, hints, origin)
-            return model.to(device=device or "cpu", dtype=dtype or torch.float32).eval()
+            said = {} if module is None else network.hints_of(module)
+            model = _build(network, dialect, state, said | hints, origin, dtype or torch.float32)
+            return model.to(device=device or "cpu").eval()
     raise LoadError(_nothing_fits(state, origin))
+
+
+def interpolate(
+    a: str | os.PathLike[str] | State | nn.Module, b: str | os.PathLike[str] | State | nn.Module, factor: float
+) -> Network:
+    """The network whose every tensor is (1 - factor) * a + factor * b: network interpolation, ESRGAN section 3.4.
+
+    a, b: anything `load` takes, of one network and configuration, in any of its key dialects. ESRGAN's authors have the
+        network trained for PSNR as `a` and the one trained with the discriminator as `b`.
+    factor: 0 gives a, 1 gives b; other finite values extrapolate.
+
+    The result has a's device and dtype, and is in evaluation mode; integer tensors (batch norm's counters) are a's.
+    Raises ValueError for two different networks or configurations or a factor that is not finite, and what `load` does.
+    """
+    if not math.isfinite(factor):
+        raise ValueError(f"interpolate: expected a finite factor, 0 for a and 1 for b; got {factor}")
+    mixed, other = load(a), load(b)
+    if type(mixed) is not type(other) or mixed.config != other.config:
+        raise ValueError(
+            "interpolate: expected two checkpoints of one network and configuration; got "
+            f"a = {mixed.summary()} and b = {other.summary()}"
+        )
+    theirs = other.state_dict()
+    for key, ours in mixed.state_dict().items():  # these share memory with the network
+        if ours.is_floating_point():
+            ours.copy_((1 - factor) * ours + factor * theirs[key].to(ours))
+    return mixed
 
 
 def _module_of(source: Any) -> nn.Module | None:
@@ -118,7 +168,9 @@ def unwrap(content: Mapping[str, Any], origin: str) -> State:
     return state
 
 
-def _build(network: type[Network], dialect: str, state: State, hints: Mapping[str, Any], origin: str) -> Network:
+def _build(
+    network: type[Network], dialect: str, state: State, hints: Mapping[str, Any], origin: str, dtype: torch.dtype
+) -> Network:
     """Builds the network a state dict was recognised as and fills it; every key has to fit."""
     try:
         converted = dict(network.convert(state, dialect))
@@ -142,7 +194,7 @@ def _build(network: type[Network], dialect: str, state: State, hints: Mapping[st
     if any(problems.values()):
         details = "; ".join(f"{what}: {_some(keys)}" for what, keys in problems.items() if keys)
         raise LoadError(f"load: {origin} looks like {network.name} ({dialect}) but does not fit {config}: {details}")
-    model = model.to_empty(device="cpu")  # a network holds no tensor outside its state dict
+    model = model.to_empty(device="cpu").to(dtype)  # a network holds no tensor outside its state dict
     model.load_state_dict(converted)
     return model
 
