@@ -1,9 +1,13 @@
 """The operators, one file each. Importing this package registers all of them in `fastsr.op.OPS`."""
 
+from fastsr.ops.channel_attention import channel_attention
 from fastsr.ops.conv_act import conv_act
 from fastsr.ops.dense_block import dense_block
+from fastsr.ops.distillation_block import distillation_block
 from fastsr.ops.down_projection import down_projection
 from fastsr.ops.memory_block import memory_block
+from fastsr.ops.multi_scale_block import multi_scale_block
+from fastsr.ops.rcab import rcab
 from fastsr.ops.res_block import res_block
 from fastsr.ops.residual_e import residual_e
 from fastsr.ops.resize_bicubic import resize_bicubic
@@ -12,10 +16,14 @@ from fastsr.ops.sft_layer import sft_layer
 from fastsr.ops.up_projection import up_projection
 
 __all__ = [
+    "channel_attention",
     "conv_act",
     "dense_block",
+    "distillation_block",
     "down_projection",
     "memory_block",
+    "multi_scale_block",
+    "rcab",
     "res_block",
     "residual_e",
     "resize_bicubic",

@@ -32,7 +32,7 @@ def memory_block(
     a, b and the gate are conv(relu(scale * input + shift)).
     long_term: (N, C, H, W) each, oldest first; the last is the block's input.
     pre_scales, pre_shifts: (C,), in the order a, b of unit 1, a, b of unit 2, ...; R is half their number.
-    weights: (C, C, k, k) with odd k, 2R in that order, or two that all units share. biases: (C,) for each weight, or [].
+    weights: (C, C, k, k) with odd k, 2R in that order, or two that all units share. biases: (C,) each, as many, or [].
     gate_weight: (C, (R + len(long_term)) * C, 1, 1), with gate_bias (C,); gate_scale and gate_shift in its input order.
     Returns a tensor like the last of long_term. Raises ValueError.
     """
