@@ -33,6 +33,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PLAN_LIMIT = 512
+BACKENDS = ("cuda", "triton", "cpu", "eager")
 ALIGNMENT = 64  # bytes; a plan may rely on the alignment its tensors had up to a cache line
 
 LIBRARY = torch.library.Library("fastsr", "DEF")
@@ -90,10 +91,13 @@ class _Plan:
 def use(backend: str | None) -> Iterator[None]:
     """Forces every operator called inside onto one backend: "cuda", "triton", "cpu" or "eager"; None lets each choose.
 
-    An operator that the backend cannot compute raises RuntimeError with the reason instead of running elsewhere.
+    An operator that the backend cannot compute raises RuntimeError with the reason instead of running elsewhere; an
+    unknown name raises ValueError at once.
     The choice holds for this thread (and asyncio task) and for every other thread that has made none of its own, so
     that the worker threads of a data loader, a pool or autograd follow it.
     """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"use: expected backend to be one of {', '.join(BACKENDS)} or None; got {backend!r}")
     entry = (object(), backend)
     token = _forced_here.set(backend)
     with _forced_lock:
@@ -274,7 +278,8 @@ class Op(Generic[P, R]):
         return function
 
     def backends(self, **backends: Backend) -> None:
-        """The backends in order of preference; eager is always last and needs no entry."""
+        """The kernels there are, by name. Of those that give no reason against themselves the first in the order of
+        BACKENDS runs; eager is always last and needs no entry."""
         self._backends = backends
         self._plans.clear()
 
@@ -282,7 +287,7 @@ class Op(Generic[P, R]):
 
     def available(self) -> dict[str, str | None]:
         """Per backend: why it cannot be used on this machine, or None. "eager" is always there."""
-        return {name: b.missing() for name, b in self._backends.items()} | {"eager": None}
+        return {name: self._missing(name) for name in BACKENDS}
 
     def reasons(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, str | None]:
         """Per backend: why it cannot compute these arguments, or None. Raises ValueError on bad arguments."""
@@ -293,7 +298,9 @@ class Op(Generic[P, R]):
     # Dispatch.
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Any, ...]:
-        if not kwargs and len(args) >= self._required:  # the dispatcher drops trailing arguments that equal their default
+        if (
+            not kwargs and len(args) >= self._required
+        ):  # the dispatcher drops trailing arguments that equal their default
             return (*args, *self._defaults[len(args) :])
         bound = self._signature.bind(*args, **(kwargs or {}))
         bound.apply_defaults()
@@ -305,16 +312,21 @@ class Op(Generic[P, R]):
         except ValueError as error:
             raise ValueError(f"fastsr::{self.name}: {error}") from None
 
+    def _missing(self, name: str) -> str | None:
+        if name == "eager":
+            return None
+        backend = self._backends.get(name)
+        return backend.missing() if backend else f"no {name} kernel is written for {self.name}"
+
     def _reasons(self, args: tuple[Any, ...]) -> dict[str, str | None]:
-        reasons = {name: b.missing() or b.reason(*args) for name, b in self._backends.items()}
-        return reasons | {"eager": None}
+        return {
+            name: self._missing(name) or (self._backends[name].reason(*args) if name in self._backends else None)
+            for name in BACKENDS
+        }
 
     def _plan(self, forced: str | None, args: tuple[Any, ...]) -> _Plan:
         self._checked(args)
         reasons = self._reasons(args)
-        if forced is not None and forced not in reasons:
-            have = ", ".join(reasons)
-            raise RuntimeError(f"fastsr::{self.name}: no backend '{forced}' (have {have})")
         if forced is not None and reasons[forced]:
             raise RuntimeError(f"fastsr::{self.name}: backend '{forced}' rejected: {reasons[forced]}")
         name = forced or next(n for n, reason in reasons.items() if reason is None)

@@ -54,7 +54,9 @@ def two_backends():
     """planted_scale with a backend that takes float32 only and writes 7, and one that is never there."""
     planted_scale.backends(
         cuda=Backend(lambda *a: None, fill_with(9.0), missing=lambda: "no such device"),
-        cpu=Backend(lambda x, *a: None if x.dtype == torch.float32 else f"dtype={x.dtype} (needs float32)", fill_with(7)),
+        cpu=Backend(
+            lambda x, *a: None if x.dtype == torch.float32 else f"dtype={x.dtype} (needs float32)", fill_with(7)
+        ),
     )
     yield
     planted_scale.backends()
@@ -72,8 +74,10 @@ def test_the_first_backend_without_a_reason_runs(two_backends):
     assert torch.equal(planted_scale(IMAGE.double()), IMAGE.double() * 2)
     call = fastsr.explain(planted_scale, IMAGE.double())[0]
     assert call.op == "planted_scale" and call.backend == "eager"
-    assert call.refused == {"cuda": "no such device", "cpu": "dtype=torch.float64 (needs float32)"}
-    assert planted_scale.available() == {"cuda": "no such device", "cpu": None, "eager": None}
+    none = "no triton kernel is written for planted_scale"
+    needs = "dtype=torch.float64 (needs float32)"
+    assert call.refused == {"cuda": "no such device", "triton": none, "cpu": needs}
+    assert planted_scale.available() == {"cuda": "no such device", "triton": none, "cpu": None, "eager": None}
     assert planted_scale.reasons(IMAGE)["cpu"] is None
 
 
@@ -84,8 +88,10 @@ def test_use_forces_or_raises_the_reason(two_backends):
         planted_scale(IMAGE.double())
     with fastsr.use("cuda"), pytest.raises(RuntimeError, match="no such device"):
         planted_scale(IMAGE)
-    with fastsr.use("typo"), pytest.raises(RuntimeError, match=r"no backend 'typo' \(have cuda, cpu, eager\)"):
+    with fastsr.use("triton"), pytest.raises(RuntimeError, match="no triton kernel is written for planted_scale"):
         planted_scale(IMAGE)
+    with pytest.raises(ValueError, match="expected backend to be one of cuda, triton, cpu, eager or None; got 'typo'"):
+        fastsr.use("typo").__enter__()
     with fastsr.use("eager"), fastsr.use(None):
         assert ran(IMAGE) == "cpu"
     assert ran(IMAGE) == "cpu"
@@ -182,5 +188,5 @@ def test_explain_lists_the_calls_of_a_whole_network():
     model = fastsr.create("carn", scale=2, mobile=True, group=4)
     calls = fastsr.explain(model, torch.rand(1, 3, 8, 8))
     assert sum(c.op == "residual_e" for c in calls) == 9 and {c.backend for c in calls} == {"eager"}
-    with fastsr.use("cuda"), pytest.raises(RuntimeError, match="no backend 'cuda'"):
+    with fastsr.use("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' rejected: no cuda kernel"):
         model(torch.rand(1, 3, 8, 8))

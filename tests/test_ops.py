@@ -63,7 +63,7 @@ def test_forward_is_the_definition(backend, layout, dtype):
         exact = results(op.eager(*_replace(sample, [t.double() for t in _tensors(sample)])))
         plain = results(op.eager(*sample))
         with use(backend):
-            if op.reasons(*sample).get(backend, "no such backend"):
+            if op.reasons(*sample)[backend]:
                 continue
             made = results(op(*sample))
         promised = results(op._alloc(*op._bind(sample)))
