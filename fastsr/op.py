@@ -380,7 +380,7 @@ class Op(Generic[P, R]):
     # Gradients.
 
     def _vjp(self, grads: Sequence[Tensor], needs: Sequence[bool], args: tuple[Any, ...], create_graph: bool) -> list:
-        """Gradients of the eager definition for the tensors marked in `needs`; zeros where it does not depend on one."""
+        """Gradients of the eager definition for the tensors marked in `needs`; zeros for one it does not depend on."""
         with torch.enable_grad(), torch.autocast(grads[0].device.type, enabled=False):
             tensors = _tensors(args)
             if not create_graph:
