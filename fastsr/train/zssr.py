@@ -92,7 +92,8 @@ class ZSSRConfig:
             len(self.back_projection_iters) in (1, max(1, len(self.scale_factors))),
             "one number of back-projections, or one for each of scale_factors",
         )
-        need(set(self.base_change_sfs) <= set(self.scale_factors), "base_change_sfs among scale_factors")
+        known = [pair(f) for f in self.scale_factors]
+        need(all(pair(f) in known for f in self.base_change_sfs), "base_change_sfs among scale_factors")
         need(0 < self.augment_min_scale <= 1, "augment_min_scale in (0, 1]")
 
     @classmethod
@@ -149,6 +150,7 @@ def zssr(
         raise ValueError(f"zssr: config.scale_factors: expected the last to be scale={pair(scale)}, got {factors[-1]}")
     if min(min(f) for f in factors) < 1:
         raise ValueError(f"zssr: scale: expected at least 1 along both axes, got {factors}")
+    changes = [pair(f) for f in config.base_change_sfs]
     measured = _one_for_each(kernels, len(factors))
     rng = np.random.default_rng(seed)
     learner = None
@@ -173,7 +175,7 @@ def zssr(
         )
         sources.append(result)
         source_scales.append(min(factor))
-        if factor in config.base_change_sfs:
+        if factor in changes:
             base, current = factor, result
     return result
 
@@ -408,12 +410,11 @@ def untrained(channels: int, config: ZSSRConfig, rng: np.random.Generator) -> ZS
     shape = NetworkConfig(channels, config.width, config.depth, config.learn_residual, relu_input=port)
     with torch.device("meta"):  # where torch's own initialisation leaves the global random state alone
         network = ZSSR(shape)
-    network.to_empty(device="cpu")
+    network = network.to_empty(device="cpu").double()
     for weight in network.parameters():
         outputs, inputs = weight.shape[:2]
         variance = 2 / (9 * outputs) if port else config.init_variance / (9 * inputs)
-        values = rng.normal(size=tuple(weight.shape)) * math.sqrt(variance)
-        weight.data = torch.from_numpy(values)
+        weight.data.copy_(torch.from_numpy(rng.normal(size=tuple(weight.shape)) * math.sqrt(variance)))
     return network
 
 
