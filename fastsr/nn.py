@@ -94,3 +94,14 @@ def chain(layers: nn.ModuleDict, x: Tensor) -> Tensor:
     for layer in layers.values():
         x = layer(x)
     return x
+
+
+def upsampler(features: int, scale: int) -> nn.ModuleDict:
+    """EDSR's upsampler, run by `chain`: convolution and PixelShuffle, once for x3, once a doubling for x1, x2, x4, x8.
+
+    Raises ValueError for a scale that is neither 3 nor a power of two.
+    """
+    r, steps = (3, 1) if scale == 3 else (2, max(scale, 1).bit_length() - 1)
+    if r**steps != scale:
+        raise ValueError(f"upsampler: expected scale to be 3 or a power of two; got {scale}")
+    return numbered({2 * i: ConvAct(features, features * r * r, shuffle=r) for i in range(steps)})

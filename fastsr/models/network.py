@@ -12,6 +12,7 @@ from torch import Tensor, nn
 State = Mapping[str, Tensor]
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, as EDSR and its descendants use it; RGB, for values 0..1
+FLICKR2K_MEAN = (0.4690, 0.4490, 0.4036)  # of DIV2K and Flickr2K together, as RCAN's authors have it
 
 
 class LoadError(ValueError):
@@ -59,6 +60,15 @@ class Network(nn.Module):
     def config_from(cls, state: State, dialect: str, hints: Mapping[str, Any]) -> Any:
         """The Config that fits a converted state dict; `hints` holds only names listed in `cls.hints`."""
         raise TypeError(f"{cls.__name__} does not define config_from")
+
+    @classmethod
+    def hints_of(cls, module: nn.Module) -> dict[str, Any]:
+        """What a module's attributes say of `hints`: the first number of that name in it or its submodules."""
+        if isinstance(module, Network):
+            return {h: getattr(module.config, h) for h in cls.hints if hasattr(module.config, h)}
+        found = {h: [getattr(m, h, None) for m in module.modules()] for h in cls.hints}
+        numbers = {h: [v for v in values if isinstance(v, (int, float))] for h, values in found.items()}
+        return {h: values[0] for h, values in numbers.items() if values}
 
     # What it does with images.
 
@@ -109,3 +119,27 @@ def indices(state: State, prefix: str) -> list[int]:
     """The numbers n for which a key starts with `<prefix>.<n>.`, sorted; for counting blocks."""
     found = {key[len(prefix) + 1 :].split(".", 1)[0] for key in state if key.startswith(prefix + ".")}
     return sorted(int(n) for n in found if n.isdigit())
+
+
+def upsampler_scale(state: State, prefix: str, features: int) -> int:
+    """The scale of an EDSR upsampler (`fastsr.nn.upsampler`) whose keys start with `prefix`."""
+    steps = indices(state, prefix)
+    ninefold = bool(steps) and state[f"{prefix}.{steps[0]}.weight"].shape[0] == 9 * features
+    return 3 if ninefold else 2 ** len(steps)
+
+
+def colour_shift(state: State, rgb_range: float = 255.0) -> tuple[tuple[float, ...], float]:
+    """(mean, value range) behind `sub_mean.bias` = -range * mean, as EDSR's descendants hold it.
+
+    The product alone is in the file. Its factors are told by the known means; for another mean, `rgb_range` is taken.
+    """
+    product = -state["sub_mean.bias"].double()
+    for mean in (RGB_MEAN, FLICKR2K_MEAN):
+        if len(mean) == len(product):
+            ratio = product / torch.tensor(mean, dtype=torch.float64)
+            spread = (ratio.max() - ratio.min()).item()
+            if ratio.min() > 0 and spread <= 2e-3 * ratio.max().item():  # half-precision files are known too
+                average = ratio.mean().item()
+                whole = abs(round(average) - average) <= 2e-3 * average
+                return mean, float(round(average) if whole else f"{average:.6g}")
+    return tuple((product / rgb_range).tolist()), float(rgb_range)
