@@ -189,18 +189,21 @@ def back_project(
 
 
 def pillow_bicubic(x: Tensor, scale: int) -> Tensor:
-    """x (N, C, H, W) in 0..1, enlarged as Pillow's bicubic does it, before it rounds to 8 bits.
+    """x (N, C, H, W) in 0..1, enlarged as Pillow's bicubic does it, but for its rounding to 8 bits.
 
-    Pillow leaves out the taps beyond the border and scales the others up to a sum of one: the enlargement of the image
-    within zeros over that of ones within zeros. Its 8-bit result cannot leave 0..1.
+    Pillow enlarges the width, then the height, and its 8-bit results cannot leave 0..1. It leaves out the taps beyond
+    the border and scales the others up to a sum of one: the image within zeros over ones within zeros.
     """
 
-    def enlarge(image: Tensor) -> Tensor:
-        image = F.pad(image, (2, 2, 2, 2))  # the kernel's reach
-        height, width = image.shape[2] * scale, image.shape[3] * scale
-        return resize_bicubic(image, height, width, scale, scale)[..., 2 * scale : -2 * scale, 2 * scale : -2 * scale]
+    def convolve(image: Tensor) -> Tensor:
+        image = F.pad(image, (2, 2))  # the kernel's reach
+        height, width = image.shape[2:]
+        return resize_bicubic(image, height, width * scale, 1.0, scale)[..., 2 * scale : -2 * scale]
 
-    return (enlarge(x) / enlarge(torch.ones_like(x[:1, :1]))).clamp(0, 1)
+    def widen(image: Tensor) -> Tensor:
+        return (convolve(image) / convolve(torch.ones_like(image[:1, :1, :1]))).clamp(0, 1)
+
+    return widen(widen(x).mT).mT
 
 
 class DBPN(Network):
