@@ -30,6 +30,15 @@ def outputs(case: Case, model: torch.nn.Module, dtype: torch.dtype) -> dict[str,
         return {"logits": model.logits(x)}  # the softmax of these activations is nearly one-hot
     if case.name.startswith("idn"):  # the scale is in no file
         return {"output": model(x, scale=case.about["scale"])}
+    if case.name.startswith("srfeat_disc"):
+        return {"output": model(x), "output_sigmoid": model(x).sigmoid()}
+    if case.name == "srfeat_vgg":
+        target = case.tensors["target"].to(dtype)
+        return {"output": model(x), "output_target": model(target), "vgg_loss": model.loss(x, target)[None]}
+    if case.name.startswith("enhancenet"):
+        output, mean = model(x), x.new_tensor(model.config.rgb_mean)[:, None, None]
+        bicubic = model.interpolate(x - mean) + mean
+        return {"output": output, "bicubic": bicubic, "residual": output - bicubic}
     return {"output": model(x)}
 
 

@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from fastsr.checkpoints import read
 from fastsr.models.carn import CARN
 from fastsr.models.dbpn import DBPN, DDBPN, DBPNDiscriminator
+from fastsr.models.enhancenet import EnhanceNet
 from fastsr.models.esrgan import ESRGAN, ESRGANDiscriminator
 from fastsr.models.idn import IDN
 from fastsr.models.memnet import MemNet, OriginalMemNet
+from fastsr.models.msrn import MSRN, MSRNOld
 from fastsr.models.network import LoadError, Network, State
 from fastsr.models.rcan import RCAN, RCANBasicSR
+from fastsr.models.rdn import RDN, RDNOriginal, RDNPlain
 from fastsr.models.sftgan import OutdoorSceneSeg, SFTNet
+from fastsr.models.srfeat import SRFeat, SRFeatDiscriminator, SRFeatVGG
 from fastsr.models.zssr import ZSSR
 
 NETWORKS: tuple[type[Network], ...] = (
@@ -34,9 +38,18 @@ NETWORKS: tuple[type[Network], ...] = (
     DBPNDiscriminator,
     ESRGAN,
     ESRGANDiscriminator,
+    RDN,
+    RDNOriginal,
+    RDNPlain,
     SFTNet,
     OutdoorSceneSeg,
     IDN,
+    SRFeat,
+    SRFeatDiscriminator,
+    SRFeatVGG,
+    MSRN,
+    MSRNOld,
+    EnhanceNet,
 )
 """Every network, in the order in which `load` considers them."""
 
