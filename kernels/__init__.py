@@ -1,1 +1,1 @@
-"""Triton kernels, one file per operator; installed as fastsr.kernels. Nothing here is imported before a plan asks for it."""
+"""Triton kernels, one file per operator; installed as fastsr.kernels. Nothing is imported before a plan asks for it."""
