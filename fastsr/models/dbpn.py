@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsr.models.network import RGB_MEAN, Network, State, indices
+from fastsr.models.network import RGB_MEAN, Network, State, colour_shift, indices
 from fastsr.nn import ConvAct, MeanShift, numbered
 from fastsr.ops import down_projection, resize_bicubic, up_projection
 
@@ -290,11 +290,11 @@ class DDBPN(Network):
 
     @classmethod
     def config_from(cls, state: State, dialect: str, hints: Mapping[str, Any]) -> DDBPNConfig:
-        """Sizes from shapes, the range from the mean that is added at the end. Where that is zero (weights of a `DBPN`
-        under these names) the file does not say the range: it is the hint `rgb_range`, or that network's 1."""
+        """Sizes from shapes, the range from the mean that is taken off. Where that is zero (weights of a `DBPN` under
+        these names) the file does not say the range: it is the hint `rgb_range`, or that network's 1."""
         width, _, kernel, _ = state["upmodules.0.conv_1.0.weight"].shape
-        said = float(round(state["add_mean.bias"].double().sum().item() / sum(RGB_MEAN)))
-        rgb_range = said or hints.get("rgb_range", 1.0)
+        unsaid = 255.0 if state["sub_mean.bias"].any() else 1.0
+        _, rgb_range = colour_shift(state, hints.get("rgb_range", unsaid))
         features, stages = state["initial.0.weight"].shape[0], len(indices(state, "upmodules"))
         return DDBPNConfig(kernel - 4, features, width, stages, rgb_range)
 
