@@ -8,9 +8,9 @@ import pickle
 
 import pytest
 import torch
-from conftest import PARITY, parity_case, relative_error
 
 import fastsr
+from conftest import PARITY, parity_case, relative_error
 from fastsr.models import sftgan
 from fastsr.models.sftgan import BGR_MEAN, CLASSES, OutdoorSceneSeg, SFTNet
 

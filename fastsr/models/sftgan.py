@@ -1,9 +1,9 @@
 """SFTGAN: Recovering Realistic Texture in Image Super-resolution by Deep Spatial Feature Transform.
 
-X. Wang, K. Yu, C. Dong, C. C. Loy, CVPR 2018. Weights: xinntao/SFTGAN (Apache-2.0). Two networks for x4, which need to
-be told what is where in the image: `model(image, condition)`, RGB in 0..1 and class probabilities. A third, the
-segmentation network, says it: `condition(segmentation, image)`.
-Tested variants: SFT_Net (noBN_OST_bg), SFT_Net_torch (the paper's) and OutdoorSceneSeg (segmentation_OST_bic).
+X. Wang, K. Yu, C. Dong, C. C. Loy, CVPR 2018. Weights: xinntao/SFTGAN. Two networks for x4, which need to be told what
+is where in the image: `model(image, condition)`, RGB in 0..1 and class probabilities. A third, the segmentation network,
+says it: `condition(segmentation, image)`.
+Tested variants: SFT_Net (noBN_OST_bg), SFT_Net_torch (the paper's) and OutdoorSceneSeg (segmentation_OST).
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class SFTBlock(nn.Module):
 
 
 class SFTNet(Network):
-    """The network of the paper's figure 3; see the module's docstring."""
+    """A residual network whose every block, and its end, is told by the condition what it looks at."""
 
     name = "sftgan"
     Config = SFTConfig
