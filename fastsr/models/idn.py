@@ -1,8 +1,7 @@
 """IDN: Fast and Accurate Single Image Super-Resolution via Information Distillation Network.
 
 Z. Hui, X. Wang, X. Gao, CVPR 2018. Weights: Zheng222/IDN-Caffe; keys are its layers' names with `.weight` and `.bias`.
-Input and output: luma in 0..1 (16..235 over 255 for colour images). Tested variants: x2 and x4 against the authors'
-network, x3 and other sizes in structure.
+Input and output: luma in 0..1 (16..235 over 255 for colour images). Tested variants: x2, x3 and x4.
 
 The scale is in no file: the transposed convolution that enlarges has 17x17 weights for every scale. It is given once,
 `fastsr.load(file, scale=4)`, or in each call, `model(x, scale=4)`; a call that knows no scale raises.
@@ -65,7 +64,7 @@ class IDNConfig:
 class Upsample(nn.ConvTranspose2d):
     """The transposed convolution to the residual image, (n - 1) * scale + 1 long; its stride is an argument."""
 
-    def forward(self, x: Tensor, scale: int, skip: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, scale: int, skip: Tensor | None = None) -> Tensor:  # type: ignore[override]
         padding = int(self.padding[0])
         return conv_act([x], self.weight, self.bias, scale, padding, transposed=True, skip=skip)
 
@@ -113,6 +112,24 @@ class IDN(Network):
         """The scale it was loaded for; while that is unknown, those that the authors publish."""
         return SCALES if self.config.scale is None else (self.config.scale,)
 
+    def block(self, x: Tensor, number: int) -> Tensor:
+        """Distillation block 1, 2, ...: (N, features, H, W) -> the same shape."""
+        names = [*(f"conv{number + 2}_{i}" for i in range(1, 7)), f"down{number}"]
+        layers = [getattr(self, name) for name in names]
+        return distillation_block(x, [m.weight for m in layers], [m.bias for m in layers], self.config.leaky_slope)
+
+    def features(self, x: Tensor) -> Tensor:
+        """(N, channels, H, W) -> (N, features, H, W): all that comes before the transposed convolution."""
+        x = self.conv2(self.conv1(x))
+        for n in range(self.config.blocks):
+            x = self.block(x, n + 1)
+        return x
+
+    @staticmethod
+    def bicubic(x: Tensor, scale: int) -> Tensor:
+        """The image that the residual is added to, MATLAB's enlarged x: (N, channels, H * scale, W * scale)."""
+        return resize_bicubic(x, x.shape[2] * scale, x.shape[3] * scale, float(scale), float(scale), "matlab")
+
     def forward(self, x: Tensor, scale: int | None = None) -> Tensor:
         """x: (N, channels, H, W) -> (N, channels, (H - 1) * scale + 1, (W - 1) * scale + 1), not clipped.
 
@@ -120,15 +137,16 @@ class IDN(Network):
         columns are missing. Raises ValueError if the scale is unknown, or not the one it was loaded for.
         """
         scale = self._known(scale)
-        return self._onto(self._bicubic(x, scale), x, scale)
+        skip = self.bicubic(x, scale)[:, :, scale - 1 :, scale - 1 :]
+        return self.upsample(self.features(x), scale, skip)
 
     def super_resolve(self, x: Tensor, scale: int) -> Tensor:
         """As in `Network`; the first scale - 1 rows and columns, which the network does not make, are the bicubic
         image's, all others the authors' values."""
         first = self._known(scale) - 1
-        whole = self._bicubic(x, scale)
-        made = torch.cat([whole[:, :, first:, :first], self._onto(whole, x, scale)], 3)
-        return torch.cat([whole[:, :, :first], made], 2)
+        whole = self.bicubic(x, scale)
+        made = self.upsample(self.features(x), scale, whole[:, :, first:, first:])
+        return torch.cat([whole[:, :, :first], torch.cat([whole[:, :, first:, :first], made], 3)], 2)
 
     def _known(self, scale: int | None) -> int:
         """The scale of a call, which may leave out what the configuration says."""
@@ -143,16 +161,3 @@ class IDN(Network):
             )
         check_scale(scale)
         return scale
-
-    @staticmethod
-    def _bicubic(x: Tensor, scale: int) -> Tensor:
-        return resize_bicubic(x, x.shape[2] * scale, x.shape[3] * scale, float(scale), float(scale), "matlab")
-
-    def _onto(self, bicubic: Tensor, x: Tensor, scale: int) -> Tensor:
-        """The enlarged image without its first rows and columns: the bicubic one plus what the network adds to it."""
-        h = self.conv2(self.conv1(x))
-        for n in range(self.config.blocks):
-            names = [*(f"conv{n + 3}_{i + 1}" for i in range(6)), f"down{n + 1}"]
-            layers = [getattr(self, name) for name in names]
-            h = distillation_block(h, [m.weight for m in layers], [m.bias for m in layers], self.config.leaky_slope)
-        return self.upsample(h, scale, skip=bicubic[:, :, scale - 1 :, scale - 1 :])

@@ -52,6 +52,7 @@ def _(x, weights, biases, slope):
     c, kept = x.shape[1], weights[2].shape[0] - weights[3].shape[1]
     expect(0 < kept < weights[2].shape[0], "the fourth weight reads some of the third's channels, not all",
            third=weights[2], fourth=weights[3])  # fmt: skip
+    expect(weights[5].shape[0] == c + kept, f"the sixth weight makes {c} + {kept} channels", x=x, sixth=weights[5])
     widths = [c, *(w.shape[0] for w in weights)]
     widths[3] = weights[3].shape[1]  # what the fourth reads
     for i, (weight, bias) in enumerate(zip(weights, biases)):
@@ -59,7 +60,6 @@ def _(x, weights, biases, slope):
         fits = rest == 0 and groups > 0 and weight.shape[0] % groups == 0
         expect(fits, f"weights[{i}] fits {widths[i]} channels", weight=weight)
         expect(bias.shape == weight.shape[:1], f"biases[{i}] is (Cout,)", bias=bias, weight=weight)
-    expect(weights[5].shape[0] == c + kept, f"the sixth weight makes {c} + {kept} channels", x=x, sixth=weights[5])
 
 
 @distillation_block.alloc
