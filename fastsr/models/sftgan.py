@@ -1,8 +1,8 @@
 """SFTGAN: Recovering Realistic Texture in Image Super-resolution by Deep Spatial Feature Transform.
 
 X. Wang, K. Yu, C. Dong, C. C. Loy, CVPR 2018. Weights: xinntao/SFTGAN. Two networks for x4, which need to be told what
-is where in the image: `model(image, condition)`, RGB in 0..1 and class probabilities. A third, the segmentation network,
-says it: `condition(segmentation, image)`.
+is where in the image: `model(image, condition)`, RGB in 0..1 and class probabilities. A third, the segmentation
+network, says it: `condition(segmentation, image)`.
 Tested variants: SFT_Net (noBN_OST_bg), SFT_Net_torch (the paper's) and OutdoorSceneSeg (segmentation_OST).
 """
 
