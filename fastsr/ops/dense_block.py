@@ -51,12 +51,9 @@ def _(x, weights, biases, slope, gain, outer, outer_gain):
     channels = x.shape[1]
     for i, (weight, bias) in enumerate(zip(weights, biases)):
         square = weight.dim() == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] % 2 == 1
-        expect(
-            square and weight.shape[1] == channels, f"weights[{i}] is (G, {channels}, s, s) with odd s", weight=weight
-        )
-        expect(
-            bias.shape == weight.shape[:1], f"biases[{i}] has one value per output channel", weight=weight, bias=bias
-        )
+        fits = square and weight.shape[1] == channels
+        expect(fits, f"weights[{i}] is (G, {channels}, s, s) with odd s", weight=weight)
+        expect(bias.shape == weight.shape[:1], f"biases[{i}] is (G,)", weight=weight, bias=bias)
         channels += weight.shape[0]
     expect(weights[-1].shape[0] == x.shape[1], "the last weight has as many outputs as x", x=x, last=weights[-1])
     expect(outer is None or outer.shape == x.shape, "outer has the shape of x", x=x, outer=outer)
