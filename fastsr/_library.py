@@ -23,7 +23,8 @@ def require_torch() -> None:
     major, minor, *_ = torch.__version__.split(".")
     if (int(major), int(minor)) < MINIMUM_TORCH:
         raise ImportError(
-            f"fastsr needs torch {wanted} or newer, but this is torch {torch.__version__}: pip install -U 'torch>={wanted}'"
+            f"fastsr needs torch {wanted} or newer, but this is torch {torch.__version__}: "
+            f"pip install -U 'torch>={wanted}'"
         )
 
 
