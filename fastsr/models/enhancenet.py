@@ -51,6 +51,7 @@ class EnhanceNet(Network):
     def __init__(self, config: EnhanceNetConfig) -> None:
         super().__init__(config)
         c, f = config.channels, config.features
+        self.colour = "y" if c == 1 else "rgb"  # type: ignore[misc]
         first = 2 * config.blocks + 1  # the number of the first layer after the blocks
         self.Conv = ConvAct(c, f, act="relu")
         for n in range(1, first):

@@ -97,6 +97,7 @@ class MSRN(Network):
     def __init__(self, config: MSRNConfig) -> None:
         super().__init__(config)
         c, f, n = config.channels, config.features, config.blocks
+        self.colour = "y" if c == 1 else "rgb"  # type: ignore[misc]
         self.sub_mean = MeanShift(config.mean, -1, config.rgb_range)
         self.add_mean = MeanShift(config.mean, +1, config.rgb_range)
         self.head = numbered({0: ConvAct(c, f)})

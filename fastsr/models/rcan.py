@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsr.models.esrgan import pad_to_multiple
 from fastsr.models.network import RGB_MEAN, Network, State, colour_shift, indices, upsampler_scale
 from fastsr.nn import ConvAct, MeanShift, chain, numbered, upsampler
 from fastsr.ops import rcab
@@ -135,6 +136,7 @@ class RCAN(Network):
     def __init__(self, config: RCANConfig) -> None:
         super().__init__(config)
         c, f, n = config.channels, config.features, config.groups
+        self.colour = "y" if c == 1 else "rgb"  # type: ignore[misc]
         if config.mean:
             self.sub_mean = MeanShift(config.mean, -1, config.rgb_range)
             self.add_mean = MeanShift(config.mean, +1, config.rgb_range)
@@ -185,9 +187,9 @@ class RCAN(Network):
         """x: (N, C, H, W), in the authors' files RGB in 0..255 -> (N, C, H * scale, W * scale) in the same range."""
         gain, r, (h, w) = self.config.input_gain, self.config.unshuffle, x.shape[-2:]
         x = x if gain == 1 else x * gain
-        if r > 1:
-            x = F.pixel_unshuffle(_pad_to_multiple(x, r), r)
+        x = pad_to_multiple(x, r)
         x = self.sub_mean(x) if self.config.mean else x
+        x = F.pixel_unshuffle(x, r) if r > 1 else x
         skip = chain(self.head, x)
         *groups, last = self.body.values()
         y = skip
@@ -198,14 +200,6 @@ class RCAN(Network):
         y = self.add_mean(y) if self.config.mean else y
         y = y if gain == 1 else y / gain
         return y[..., : h * self.config.scale, : w * self.config.scale]
-
-
-def _pad_to_multiple(x: Tensor, r: int) -> Tensor:
-    """x completed at its bottom and right: mirrored, or the edge repeated where there is too little to mirror."""
-    h, w = x.shape[-2:]
-    bottom, right = -h % r, -w % r
-    mode = "reflect" if bottom < h and right < w else "replicate"
-    return F.pad(x, (0, right, 0, bottom), mode) if bottom or right else x
 
 
 # BasicSR's form.
@@ -260,6 +254,7 @@ class RCANBasicSR(Network):
     def __init__(self, config: RCANBasicSRConfig) -> None:
         super().__init__(config)
         c, f = config.channels, config.features
+        self.colour = "y" if c == 1 else "rgb"  # type: ignore[misc]
         self.conv_first = ConvAct(c, f)
         self.body = numbered({i: BasicSRGroup(config) for i in range(config.groups)})
         self.conv_after_body = ConvAct(f, f)
