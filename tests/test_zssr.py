@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import parity_case
 
 import fastsr.train.zssr as procedure
+from conftest import parity_case
 from fastsr.image.resize import imresize, kernel_shift
 from fastsr.models.zssr import ZSSR
 from fastsr.models.zssr import ZSSRConfig as NetworkConfig
