@@ -250,7 +250,7 @@ class RDNOriginal(RDN):
 
     name = "rdn_original"
     Config: type = RDNOriginalConfig
-    dialects = {"edsr": ("subMean.weight", "addMean.weight", *RDN.dialects["edsr"])}
+    dialects = {"edsr": ("subMean.weight", *RDN.dialects["edsr"])}
     mean_shift = True
 
     def __init__(self, config: RDNOriginalConfig) -> None:
