@@ -296,3 +296,36 @@ def test_interpolation_refuses_what_does_not_match():
             fastsr.interpolate(a, other, 0.5)
     with pytest.raises(ValueError, match="finite factor"):
         fastsr.interpolate(a, a, float("nan"))
+
+
+# The operator.
+
+
+def test_the_generator_is_made_of_operators_alone():
+    model = fastsr.create("esrgan", features=4, blocks=2, growth=2)
+    calls = [call.op for call in fastsr.explain(model, torch.rand(1, 3, 4, 4))]
+    assert calls == ["conv_act"] + 2 * 3 * ["dense_block"] + ["conv_act"] * 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weights": [torch.zeros(2, 4, 3, 3)]}, "two weights or more and as many biases"),
+        ({"weights": [torch.zeros(2, 4, 3, 3), torch.zeros(4, 5, 1, 1)]}, r"weights\[1\] is \(G, 6, s, s\) with odd s"),
+        ({"weights": [torch.zeros(2, 4, 2, 2), torch.zeros(4, 6, 1, 1)]}, r"weights\[0\] is \(G, 4, s, s\) with odd s"),
+        ({"weights": [torch.zeros(2, 4, 3, 3), torch.zeros(3, 6, 1, 1)]}, r"biases\[1\] is \(G,\)"),
+        ({"weights": [torch.zeros(2, 4, 3, 3), torch.zeros(3, 6, 1, 1)], "biases": [torch.zeros(2), torch.zeros(3)]},
+         "the last weight has as many outputs as x"),
+        ({"outer": torch.zeros(1, 4, 5, 6)}, "outer has the shape of x"),
+        ({"x": torch.zeros(1, 4, 5, 5, dtype=torch.float64)}, "one dtype and device"),
+    ],
+)  # fmt: skip
+def test_dense_block_refuses_what_does_not_fit(change, message):
+    fitting = {
+        "x": torch.zeros(1, 4, 5, 5),
+        "weights": [torch.zeros(2, 4, 3, 3), torch.zeros(4, 6, 1, 1)],
+        "biases": [torch.zeros(2), torch.zeros(4)],
+    }
+    assert fastsr.ops.dense_block(**fitting).shape == (1, 4, 5, 5)
+    with pytest.raises(ValueError, match=f"fastsr::dense_block: expected .*{message}"):
+        fastsr.ops.dense_block(**(fitting | change))
