@@ -44,7 +44,7 @@ Isa detect() {
   constexpr unsigned kFma = 1u << 12, kOsxsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;  // leaf 1, ecx
   constexpr unsigned kAvx2Bit = 1u << 5;                                                       // leaf 7.0, ebx
   constexpr unsigned kF = 1u << 16, kDq = 1u << 17, kCd = 1u << 28, kBw = 1u << 30, kVl = 1u << 31;
-  constexpr unsigned kBf16 = 1u << 5;                       // leaf 7.1, eax
+  constexpr unsigned kBf16 = 1u << 5;                         // leaf 7.1, eax
   constexpr std::uint64_t kYmmState = 0x6, kZmmState = 0xe6;  // XCR0: SSE, AVX; then also opmask and both ZMM parts
 
   const Registers one = cpuid(1, 0);

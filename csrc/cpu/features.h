@@ -1,4 +1,5 @@
-// The instruction-set levels that CPU kernels are written for, lowest first: a kernel may run where level() is at least its own.
+// The instruction-set levels that CPU kernels are written for, lowest first: a kernel may run where level() is at least
+// its own.
 #pragma once
 
 namespace fastsr::cpu {
