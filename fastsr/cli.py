@@ -16,6 +16,7 @@ from fastsr.image.upscale import (
     ZSSR,
     ZSSR_SCALES,
     as_network,
+    as_segmentation,
     check_scale,
     check_size,
     default_device,
@@ -23,7 +24,7 @@ from fastsr.image.upscale import (
     upscale,
 )
 from fastsr.models import Network, load
-from fastsr.op import explain
+from fastsr.op import Call, explain
 
 
 class Refused(Exception):
@@ -55,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         help="a file of weights, or zssr (default), which learns from the image itself",
     )  # fmt: skip
     enlarge.add_argument("--scale", type=int, metavar="N", help="the factor; needed where a file has several")
+    enlarge.add_argument(
+        "--segmentation", metavar="FILE", help="for SFTGAN: the weights of the outdoor scene segmentation network"
+    )
     enlarge.add_argument(
         "--iterations", type=int, metavar="N", help="for zssr: learn for at most so long (default 3000), less is faster"
     )
@@ -92,12 +96,16 @@ def _upscale(args: argparse.Namespace) -> int:
     jobs = _jobs(args.inputs, args.output)
     device = str(default_device(None))
     network = None if args.model == ZSSR else _load(args.model, device)
+    segmentation = None if args.segmentation is None else _load(args.segmentation, device)
     try:
         if network is None:
+            if segmentation is not None:
+                raise TypeError("--segmentation is for SFTGAN, not for ZSSR")
             name, scale = "ZSSR", check_scale("ZSSR", ZSSR_SCALES, args.scale or ZSSR_SCALES[0])
         else:
             name = type(as_network(network)).__name__
             scale = check_scale(name, network.scales, args.scale)
+            as_segmentation(network, segmentation)
     except (ValueError, TypeError) as error:
         raise Refused(f"{args.model}: {error}") from error
 
@@ -120,7 +128,7 @@ def _upscale(args: argparse.Namespace) -> int:
         try:
             image = io.read_image(source)
             started = time.perf_counter()
-            made, calls = _enlarge(image, network, scale, args)
+            made, calls = _enlarge(image, network, segmentation, scale, args)
             seconds = time.perf_counter() - started
             target.parent.mkdir(parents=True, exist_ok=True)
             io.write_image(target, made)
@@ -138,11 +146,13 @@ def _upscale(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _enlarge(image: Image.Image, network: Network | None, scale: int, args: argparse.Namespace) -> Any:
+def _enlarge(
+    image: Image.Image, network: Network | None, segmentation: Network | None, scale: int, args: argparse.Namespace
+) -> tuple[Image.Image, list[Call]]:
     """The larger image, and the operator calls that made it."""
     made: list[Image.Image] = []
     if network is not None:
-        calls = explain(lambda: made.append(upscale(image, network, scale=scale)))
+        calls = explain(lambda: made.append(upscale(image, network, scale=scale, segmentation=segmentation)))
     else:
         from fastsr.train.zssr import ZSSRConfig
 

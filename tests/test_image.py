@@ -15,6 +15,7 @@ from fastsr.image import upscale as module
 from fastsr.image.colour import rgb_to_gray, rgb_to_y, rgb_to_ycbcr, ycbcr_to_rgb
 from fastsr.image.metrics import psnr
 from fastsr.image.resize import imresize
+from fastsr.models.sftgan import condition
 from fastsr.train.zssr import ZSSRConfig
 
 
@@ -193,6 +194,28 @@ def test_zssr_is_the_default(colour, gray):
         fastsr.upscale(colour, scale=5)
     with pytest.raises(TypeError, match="zssr"):
         fastsr.upscale(colour, Nearest(), scale=2, config=config)
+
+
+def test_sftgan_is_told_what_is_where(colour, gray):
+    torch.manual_seed(0)
+    network = fastsr.create("sftgan", features=8, blocks=1)
+    segmentation = fastsr.create(
+        "outdoor_scene_seg", stem=(4, 4, 8), blocks=(1,) * 4, widths=(4,) * 4, outs=(12, 16, 20, 24), head=8
+    )
+    values = torch.from_numpy(colour / 255).permute(2, 0, 1)[None].float()
+    with torch.inference_mode():
+        expected = network(values, condition(segmentation, values)).clamp(0, 1) * 255
+    result = fastsr.upscale(colour, network, segmentation=segmentation.train())
+    assert segmentation.training
+    assert np.abs(result - expected[0].permute(1, 2, 0).numpy()).max() < 0.51
+    assert fastsr.upscale(gray, network, segmentation=segmentation.eval()).shape == (20, 28)
+    with pytest.raises(TypeError, match="SFTGAN needs"):
+        fastsr.upscale(colour, network)
+    with pytest.raises(TypeError, match="expected the outdoor scene segmentation network, got SFTNet"):
+        fastsr.upscale(colour, network, segmentation=network)
+    for other in (Nearest(), "zssr"):
+        with pytest.raises(TypeError, match="SFTGAN"):
+            fastsr.upscale(colour, other, scale=2, segmentation=segmentation)
 
 
 # Colour and PSNR

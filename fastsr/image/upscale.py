@@ -26,6 +26,7 @@ from fastsr.image import io
 from fastsr.image.colour import rgb_to_gray, rgb_to_ycbcr, ycbcr_to_rgb
 from fastsr.image.resize import imresize
 from fastsr.models import Network, load
+from fastsr.models.sftgan import OutdoorSceneSeg, SFTNet, condition
 
 if TYPE_CHECKING:
     from fastsr.train.zssr import ZSSRConfig
@@ -42,6 +43,7 @@ def upscale(
     model: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str] = ZSSR,
     *,
     scale: int | None = None,
+    segmentation: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     config: ZSSRConfig | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> ImageLike:
@@ -53,12 +55,16 @@ def upscale(
         "zssr", the network that learns from this one image (`fastsr.train.zssr`), which computes in float32 on the
         device of a tensor, and for other kinds on a CUDA device if there is one.
     scale: one of `model.scales`; may be left out when there is only one. ZSSR has 2, 3 and 4 and defaults to 2.
+    segmentation: for SFTGAN, and needed by it: the outdoor scene segmentation network, as `fastsr.load` returns or
+        accepts it, which says what is where in the image.
     config, progress: settings of ZSSR, and what it calls after every iteration (`fastsr.train.zssr.zssr`).
     Raises TypeError or ValueError, before any work, for an image, model or scale that is not one of these or a result
     of more than MAX_PIXELS pixels, and FloatingPointError for a result that is not finite.
     """
     height, width = image_size(image)
     if isinstance(model, str) and model == ZSSR:
+        if segmentation is not None:
+            raise TypeError("upscale: segmentation is for SFTGAN, not for ZSSR")
         scale = check_scale("ZSSR", ZSSR_SCALES, ZSSR_SCALES[0] if scale is None else scale)
         check_size(height, width, scale)
         result = _learn(_to_tensor(image, torch.float32).to(default_device(image)), scale, config, progress)
@@ -68,7 +74,7 @@ def upscale(
         network = as_network(model)
         scale = check_scale(type(network).__name__, network.scales, scale)
         check_size(height, width, scale)
-        result = _run(network, image, scale)
+        result = _run(network, image, scale, as_segmentation(network, segmentation))
     if not torch.isfinite(result).all():
         bad = int((~torch.isfinite(result)).sum())
         raise FloatingPointError(
@@ -112,6 +118,23 @@ def as_network(model: Network | nn.Module | Mapping[str, Any] | str | os.PathLik
     return loaded
 
 
+def as_segmentation(
+    network: Network, segmentation: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str] | None
+) -> OutdoorSceneSeg | None:
+    """The segmentation network that goes with this one. Raises TypeError where one is missing, superfluous or another
+    network."""
+    if not isinstance(network, SFTNet):
+        if segmentation is not None:
+            raise TypeError(f"segmentation: only SFTGAN uses one, not {type(network).__name__}; leave it out")
+        return None
+    if segmentation is None:
+        raise TypeError("segmentation: SFTGAN needs the outdoor scene segmentation network, or a file of its weights")
+    loaded = segmentation if isinstance(segmentation, Network) else load(segmentation, device=network.device)
+    if not isinstance(loaded, OutdoorSceneSeg):
+        raise TypeError(f"segmentation: expected the outdoor scene segmentation network, got {type(loaded).__name__}")
+    return loaded
+
+
 def check_scale(name: str, scales: Sequence[int], scale: int | None) -> int:
     """The scale to use; raises ValueError listing the scales when it is not among them, or left out with several."""
     listed = ", ".join(map(str, scales))
@@ -150,17 +173,23 @@ def _learn(
     return torch.cat([zssr(one, scale, config=config, progress=progress) for one in values.split(1)])
 
 
-def _run(network: Network, image: np.ndarray | Image.Image | Tensor, scale: int) -> Tensor:
+def _run(
+    network: Network, image: np.ndarray | Image.Image | Tensor, scale: int, segmentation: OutdoorSceneSeg | None
+) -> Tensor:
     """The result as (N, C, H * scale, W * scale), C as in the image, values 0..1 not clamped, at least float32."""
     wide = torch.promote_types(network.dtype, torch.float32)  # colour arithmetic in half precision would show
     values = _to_tensor(image, wide).to(network.device)
     low, high = network.value_range
 
     def enlarge(x: Tensor) -> Tensor:
-        y = network.super_resolve((x * (high - low) + low).to(network.dtype), scale)
+        inputs = {}
+        if segmentation is not None:
+            seen = condition(segmentation, x.to(segmentation.device, segmentation.dtype))
+            inputs["condition"] = seen.to(network.device, network.dtype)
+        y = network.super_resolve((x * (high - low) + low).to(network.dtype), scale, **inputs)
         return (y.to(wide) - low) / (high - low)
 
-    with torch.inference_mode(), _evaluating(network):
+    with torch.inference_mode(), _evaluating(network), _evaluating(segmentation or nn.Identity()):
         gray = values.shape[1] == 1
         if network.colour == "y":
             if gray:
