@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import fastsr
 from conftest import Case, parity_case, parity_names, relative_error
+from fastsr.models import NETWORKS
 
 # Full-size networks whose activations explode with synthetic weights: float32 itself is no better.
 LOOSE = ("rcan_x", "esrgan_x4", "esrgan_basicsr_x4", "rdn_edsr")
@@ -91,6 +93,97 @@ def test_a_missing_key_is_named():
     del state["b2.b1.body.2.weight"]
     with pytest.raises(fastsr.LoadError, match=r"looks like carn.*missing keys: b2\.b1\.body\.2\.weight"):
         fastsr.load(state)
+
+
+@pytest.mark.parametrize("name", [n for n in parity_names() if n not in PROCEDURES])
+def test_exactly_one_network_recognises_a_state_dict(name):
+    state = parity_case(name).state_dict()
+    assert sum(network.detect(state) is not None for network in NETWORKS) == 1
+
+
+@pytest.mark.parametrize("network", NETWORKS, ids=lambda n: n.name)
+def test_what_create_builds_load_recognises(network):
+    """From the keys and shapes alone, in the default configuration; the fields no file can say are given as hints."""
+    model = fastsr.create(network.name)
+    if model.parameter_count > 30_000_000:
+        pytest.skip(f"{model.parameter_count:,} parameters in the default configuration")
+    loaded = fastsr.load(model.state_dict(), **{hint: getattr(model.config, hint) for hint in network.hints})
+    assert type(loaded) is network and loaded.config == model.config
+    assert repr(loaded.config)[len(type(loaded.config).__name__) : -1] in repr(loaded)
+
+
+def test_hints_are_for_every_network_and_never_overrule_the_file():
+    state = parity_case("carn_m_x2").state_dict()
+    assert fastsr.load(state, scale=4, rgb_range=255, res_scale=0.1, features=7).config == fastsr.load(state).config
+
+
+def test_create_names_what_exists():
+    with pytest.raises(ValueError, match=r"name to be one of .*esrgan.*; got 'esrgn'; did you mean 'esrgan'\?"):
+        fastsr.create("esrgn")
+    with pytest.raises(TypeError, match=r"carn has no field blocks; its fields are scales, multi_scale"):
+        fastsr.create("carn", blocks=3)
+
+
+def test_load_reads_files_wrappings_and_modules(tmp_path):
+    state = parity_case("carn_m_x2").state_dict()
+    expected = fastsr.load(state).state_dict()
+    half = {f"module.{k}": v.half() for k, v in state.items()}
+    save_file(state, tmp_path / "a.safetensors")
+    torch.save(state, tmp_path / "a.pth")
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    torch.save({"iter": 3, "params": {}, "params_ema": state}, tmp_path / "ema.pth")
+    torch.save({"epoch": 1, "state_dict": {f"module.{k}": v for k, v in state.items()}}, tmp_path / "parallel.pth")
+    for name in ("a.safetensors", "a.pth", "old.pt", "ema.pth", "parallel.pth"):
+        loaded = fastsr.load(tmp_path / name)
+        assert not loaded.training and all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items())
+    theirs = torch.nn.DataParallel(fastsr.load(state, dtype=torch.float64))
+    assert fastsr.load(theirs).dtype == torch.float64
+    assert fastsr.load(half).dtype == torch.float32 and fastsr.load(half, dtype=torch.float16).dtype == torch.float16
+
+
+def test_loading_copies_and_leaves_the_random_state_alone():
+    state = parity_case("carn_m_x2").state_dict()
+    before = torch.get_rng_state()
+    model = fastsr.load(state)
+    assert torch.equal(before, torch.get_rng_state())
+    state["exit.bias"].fill_(7)
+    assert not (model.exit.bias == 7).any()
+
+
+def test_files_that_cannot_be_loaded_say_why(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.pth: expected a weight file; there is none"):
+        fastsr.load(tmp_path / "nothing.pth")
+    (tmp_path / "a.onnx").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"a\.onnx: expected a file ending in \.pth"):
+        fastsr.load(tmp_path / "a.onnx")
+    torch.save(fastsr.create("zssr"), tmp_path / "module.pth")
+    with pytest.raises(
+        ValueError, match=r"module\.pth: expected tensors and plain containers.*Save the module's state"
+    ):
+        fastsr.load(tmp_path / "module.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list\.pth: expected a dict of tensors; the file holds a list"):
+        fastsr.load(tmp_path / "list.pth")
+    torch.save({"lr": 0.1}, tmp_path / "numbers.pth")
+    with pytest.raises(fastsr.LoadError, match="expected a state dict; found lr and no tensor among them"):
+        fastsr.load(tmp_path / "numbers.pth")
+    whole = (tmp_path / "module.pth").read_bytes()
+    for name in ("cut.pth", "cut.safetensors"):
+        (tmp_path / name).write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(ValueError, match="damaged, or not a"):
+            fastsr.load(tmp_path / name)
+    with pytest.raises(TypeError, match="expected a path, a state dict or a module; got int"):
+        fastsr.load(3)
+
+
+@pytest.mark.parametrize("name", ("carn_m_x2", "rcan_tiny_x4", "esrgan_basicsr_tiny_x2", "memnet", "srfeat_x4"))
+def test_networks_compile_into_one_graph(name):
+    torch._dynamo.reset()
+    case = parity_case(name)
+    model = fastsr.load(case.state_dict())
+    with torch.no_grad():
+        made = torch.compile(model, fullgraph=True, backend="aot_eager")(case.tensors["input"])
+    assert relative_error(made, case.tensors["output"]) < 1e-4
 
 
 def test_unknown_hints_are_refused():

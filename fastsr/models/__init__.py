@@ -53,7 +53,8 @@ NETWORKS: tuple[type[Network], ...] = (
 )
 """Every network, in the order in which `load` considers them."""
 
-HINTS = tuple(sorted({hint for network in NETWORKS for hint in network.hints}))
+HINTS = tuple(sorted({field for network in NETWORKS for field in network.Config.__dataclass_fields__}))
+"""What `load` accepts as a hint for any network: every field of every configuration."""
 
 
 def create(name: str, **config: Any) -> Network:
@@ -69,7 +70,7 @@ def create(name: str, **config: Any) -> Network:
         guess = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(f"create: expected name to be one of {', '.join(networks)}; got {name!r}{guess}")
     network = networks[name]
-    fields = [f for f in network.Config.__dataclass_fields__]
+    fields = list(network.Config.__dataclass_fields__)
     if "scale" in config and "scale" not in fields and "scales" in fields:
         config["scales"] = (config.pop("scale"),)
         if "multi_scale" in fields:
@@ -93,9 +94,9 @@ def load(
         by spandrel), whose state dict is read. Wrappings under `params_ema`, `params`, `state_dict` or `model` and the
         prefix `module.` are taken off.
     device, dtype: of the result. Default: a module's own; else the CPU and float32.
-    hints: constants that no file can say (`rgb_range`, `img_range`, `res_scale`, ...); each is used by the networks
-        that have it, and ignored by those that do not. A module's own attributes of these names are used where no
-        hint is given.
+    hints: fields of the networks' configurations (`rgb_range`, `img_range`, `res_scale`, `scale`, ...). Each is used by
+        a network that has it and whose file cannot say it (`Network.hints`), and has no effect otherwise. A module's
+        own attributes of these names are used where no hint is given.
 
     Returns the network in evaluation mode; its call is the authors' forward in the authors' value range, and its repr
     shows what was decided. Raises LoadError (a ValueError) if no network fits, with the networks considered and the
