@@ -77,10 +77,8 @@ class MeanShift(ConvAct):
     def __init__(self, mean: tuple[float, ...], sign: int, value_range: float = 1.0) -> None:
         channels = len(mean)
         super().__init__(channels, channels, 1)
-        with torch.no_grad():
-            self.weight.copy_(torch.eye(channels)[:, :, None, None])
-            assert self.bias is not None
-            self.bias.copy_(sign * value_range * torch.tensor(mean))
+        nn.init.dirac_(self.weight)
+        self.bias = nn.Parameter(torch.tensor([sign * value_range * m for m in mean]))
         self.requires_grad_(False)
 
 

@@ -79,8 +79,8 @@ def test_state_dict_is_the_authors(name):
     model = fastsr.load(case.state_dict())
     again = fastsr.load(model.state_dict())
     assert again.config == model.config
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, again.state_dict()[key])
+    theirs = again.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in model.state_dict().items())
 
 
 def test_unknown_keys_name_the_networks_considered():

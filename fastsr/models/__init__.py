@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fastsr.checkpoints import read
 from fastsr.models.carn import CARN
@@ -182,6 +183,16 @@ def unwrap(content: Mapping[str, Any], origin: str) -> State:
     return state
 
 
+class _NoInit(TorchFunctionMode):
+    """Skips the initialisation of parameters: on the meta device it computes nothing, slowly."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)
+
+
 def _build(
     network: type[Network], dialect: str, state: State, hints: Mapping[str, Any], origin: str, dtype: torch.dtype
 ) -> Network:
@@ -190,7 +201,7 @@ def _build(
         converted = dict(network.convert(state, dialect))
         chosen = {k: v for k, v in hints.items() if k in network.hints}
         config = network.config_from(converted, dialect, chosen)
-        with torch.device("meta"):
+        with torch.device("meta"), _NoInit():
             model = network(config)
     except (KeyError, IndexError, StopIteration, RuntimeError, ValueError) as error:
         cause = f"the key {error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
