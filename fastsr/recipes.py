@@ -36,8 +36,8 @@ class View:
 class Conv:
     """One convolution; the fields mean what the arguments of `fastsr.ops.conv_act` mean, beside these.
 
-    sources: read as one concatenation. store: where the result goes. skip: added after gain and scale; several views are
-    read as one concatenation.
+    sources: read as one concatenation. store: where the result goes. skip: added after gain and scale; several views
+    are read as one concatenation.
     scale: name of an (N, Cout) buffer. sums: name of an (N, Cout, 3, 3) buffer that receives, in the same pass, the
     sums of the stored values over the pixels that each tap of a following zero-padded 3x3 convolution reads.
     modulate: (factor, term) maps of the output's shape; what stands before post_relu becomes y * factor + term. It does
@@ -152,7 +152,7 @@ def run(
     conv: Callable[[Conv, dict[str, Tensor]], None] = eager_conv,
     gate: Callable[[Gate, dict[str, Tensor]], None] = eager_gate,
 ) -> Tensor:
-    """Runs a recipe in a fresh workspace (filled with NaN, so that a read before a write shows) and returns its output."""
+    """Runs a recipe in a fresh workspace (NaN at first, so that a read before a write shows) and returns its output."""
     like = next(iter(recipe.inputs.values()))
     buffers = dict(recipe.inputs)
     for name, shape in recipe.workspace.items():
