@@ -128,7 +128,7 @@ def _upscale(args: argparse.Namespace) -> int:
         try:
             image = io.read_image(source)
             started = time.perf_counter()
-            made, calls = _enlarge(image, network, segmentation, scale, args)
+            made, calls = _enlarge(image, network, segmentation, scale, _Progress(source.name), args)
             seconds = time.perf_counter() - started
             target.parent.mkdir(parents=True, exist_ok=True)
             io.write_image(target, made)
@@ -147,7 +147,12 @@ def _upscale(args: argparse.Namespace) -> int:
 
 
 def _enlarge(
-    image: Image.Image, network: Network | None, segmentation: Network | None, scale: int, args: argparse.Namespace
+    image: Image.Image,
+    network: Network | None,
+    segmentation: Network | None,
+    scale: int,
+    progress: _Progress,
+    args: argparse.Namespace,
 ) -> tuple[Image.Image, list[Call]]:
     """The larger image, and the operator calls that made it."""
     made: list[Image.Image] = []
@@ -157,7 +162,7 @@ def _enlarge(
         from fastsr.train.zssr import ZSSRConfig
 
         config = ZSSRConfig() if args.iterations is None else ZSSRConfig(max_iters=args.iterations)
-        with _Progress(f"{args.model} learns from the image") as progress:
+        with progress:
             calls = explain(lambda: made.append(upscale(image, ZSSR, scale=scale, config=config, progress=progress)))
     return made[0], calls
 
@@ -217,7 +222,8 @@ class _Progress:
     def __call__(self, state: dict[str, Any]) -> None:
         done, most = state["iteration"] + 1, state["max_iters"]
         share = (state["step"] + done / most) / state["steps"]
-        text = f"{self.label}: {done} of at most {most} iterations, error {state['test_mse'] ** 0.5 * 255:.2f} levels"
+        error = state["test_mse"] ** 0.5 * 255
+        text = f"{self.label}: ZSSR has learnt for {done} of at most {most} iterations, error {error:.2f} levels"
         if self.terminal:
             filled = round(share * self.WIDTH)
             print(f"\r[{'#' * filled}{'.' * (self.WIDTH - filled)}] {text} ", end="", file=sys.stderr, flush=True)
