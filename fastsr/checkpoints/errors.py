@@ -1,4 +1,4 @@
-"""The one error of all readers of weight files."""
+"""What the readers of weight files share: one error, and one way to open a file."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ class CheckpointError(ValueError):
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[memoryview]:
+def opened(path: Path) -> Iterator[mmap.mmap]:
     """The bytes of a file, mapped and not read: what a reader does not look at costs no memory. A CheckpointError from
     inside leaves with the file's name in front, so that readers need not know it."""
     with open(path, "rb") as file:
         if file.seek(0, 2) == 0:
-            raise CheckpointError(f"load: {path}: the file is empty")
-        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data, memoryview(data) as view:
-            try:
-                yield view
-            except CheckpointError as error:
-                raise CheckpointError(f"load: {path}: {error}") from error
+            raise CheckpointError(f"load: {path}: the file is empty; fetch it again")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        yield data  # not closed here: slices of it may outlive an error, and the last one to go unmaps it
+    except CheckpointError as error:
+        raise CheckpointError(f"load: {path}: {error}") from error
