@@ -1,6 +1,11 @@
-"""The one error of all readers of weight files."""
+"""What the readers of weight files share: one error, and one way to open a file."""
 
 from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class CheckpointError(ValueError):
@@ -11,3 +16,18 @@ class CheckpointError(ValueError):
 def damaged(offence: str) -> CheckpointError:
     """The error for bytes that no writer of a format makes."""
     return CheckpointError(f"{offence}: the file is damaged or cut short; get it anew")
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[mmap.mmap]:
+    """The bytes of a file, mapped and not read: what a reader does not look at costs no memory. A CheckpointError from
+    inside leaves with the file's name in front, so that readers need not know it."""
+    with open(path, "rb") as file:
+        if file.seek(0, 2) == 0:
+            raise CheckpointError(f"load: {path}: the file is empty")
+        # not closed here: an error that leaves may hold slices; the map goes with the last of them
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    try:
+        yield data
+    except CheckpointError as error:
+        raise CheckpointError(f"load: {path}: {error}") from error
