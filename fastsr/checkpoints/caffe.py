@@ -61,7 +61,7 @@ def read(path: Path) -> Content:
     """
     content, strides = Content(), []
     with opened(path) as data:
-        for number, wire, value in fields(data):
+        for number, wire, value in fields(memoryview(data)):
             if wire == protobuf.BYTES and number in LAYERS:
                 layer = Layer(value, LAYERS[number])
                 for key, tensor in layer.tensors():

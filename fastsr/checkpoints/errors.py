@@ -15,7 +15,7 @@ class CheckpointError(ValueError):
 
 def damaged(offence: str) -> CheckpointError:
     """The error for bytes that no writer of a format makes."""
-    return CheckpointError(f"{offence}: the file is damaged or cut short; get it anew")
+    return CheckpointError(f"{offence}: the file is damaged or cut short; fetch it again")
 
 
 @contextmanager
@@ -24,10 +24,9 @@ def opened(path: Path) -> Iterator[mmap.mmap]:
     inside leaves with the file's name in front, so that readers need not know it."""
     with open(path, "rb") as file:
         if file.seek(0, 2) == 0:
-            raise CheckpointError(f"load: {path}: the file is empty")
-        # not closed here: an error that leaves may hold slices; the map goes with the last of them
-        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            raise CheckpointError(f"load: {path}: the file is empty; fetch it again")
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        yield data
+        yield data  # not closed here: slices of it may outlive an error, and the last one to go unmaps it
     except CheckpointError as error:
         raise CheckpointError(f"load: {path}: {error}") from error
