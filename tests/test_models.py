@@ -154,7 +154,7 @@ def test_files_that_cannot_be_loaded_say_why(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth: expected a weight file; there is none"):
         fastsr.load(tmp_path / "nothing.pth")
     (tmp_path / "a.onnx").write_bytes(b"x")
-    with pytest.raises(ValueError, match=r"a\.onnx: expected a file ending in \.pth"):
+    with pytest.raises(ValueError, match=r"a\.onnx: expected a file ending in .*\.pth"):
         fastsr.load(tmp_path / "a.onnx")
     torch.save(fastsr.create("zssr"), tmp_path / "module.pth")
     with pytest.raises(

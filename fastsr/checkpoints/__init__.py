@@ -1,25 +1,38 @@
-"""Readers of weight files, one a format."""
+"""Readers of weight files, one a format.
+
+Each has `read(path)`, which returns names -> CPU tensors and raises CheckpointError; `matches(data)`, whether the bytes
+of a file look like its format; and for people: DESCRIPTION, ENDINGS, NETWORKS (whose files come in it) and SEEN.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from fastsr.checkpoints import pytorch, safetensors
+from fastsr.checkpoints import caffe, pytorch, safetensors
+from fastsr.checkpoints.errors import CheckpointError, opened
 
-FORMATS = {".pth": pytorch.read, ".pt": pytorch.read, ".safetensors": safetensors.read}
+FORMATS: tuple[ModuleType, ...] = (safetensors, pytorch, caffe)
+"""The readers, in the order in which `matches` is asked: whoever has no magic number comes last."""
 
 
 def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """The content of a weight file, as saved, on the CPU. Raises FileNotFoundError; ValueError for an unknown ending
-    or a file that is not what its ending says."""
+    """The content of a weight file, as saved, on the CPU. The reader is chosen by what the file holds, whatever its
+    name, and by the ending where that tells nothing. Raises FileNotFoundError; CheckpointError for a file of no known
+    format, or one that is damaged or hostile."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load: {path}: expected a weight file; there is none")
-    reader = FORMATS.get(path.suffix.lower())
+    with opened(path) as data:
+        by_content = next((f for f in FORMATS if f.matches(memoryview(data))), None)
+    reader = by_content or next((f for f in FORMATS if path.suffix.lower() in f.ENDINGS), None)
     if reader is None:
-        known = ", ".join(FORMATS)
-        raise ValueError(f"load: {path}: expected a file ending in {known}; got {path.suffix or 'no ending'!r}")
-    return reader(path)
+        known = ", ".join(ending for f in FORMATS for ending in f.ENDINGS)
+        raise CheckpointError(
+            f"load: {path}: expected a file ending in {known}, or the content of one under another name; "
+            f"got {path.suffix or 'no ending'!r} and a content of none of these"
+        )
+    return reader.read(path)

@@ -48,9 +48,10 @@ def matches(data: memoryview) -> bool:
     if not data or data[0] not in (0x0A, 0x12, 0xA2):  # the keys of a name, a layer of 2014, a layer
         return False
     try:
-        return any([number in LAYERS and wire == protobuf.BYTES for number, wire, _ in fields(data)])
+        kinds = {(number, wire) for number, wire, _ in fields(data)}  # all of them, to the end
     except CheckpointError:
         return False
+    return any((number, protobuf.BYTES) in kinds for number in LAYERS)
 
 
 def read(path: Path) -> Content:

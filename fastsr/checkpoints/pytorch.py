@@ -9,20 +9,33 @@ from typing import Any
 
 import torch
 
+from fastsr.checkpoints.errors import CheckpointError
+
+DESCRIPTION = "PyTorch's own files, zip or older"
+ENDINGS = (".pth", ".pt")
+NETWORKS = ("all",)
+SEEN = "real files"
+
+
+def matches(data: memoryview) -> bool:
+    """Whether a file begins as a zip archive, a pickle or a tar archive does."""
+    return bytes(data[:4]) == b"PK\x03\x04" or bytes(data[:1]) == b"\x80" or bytes(data[257:262]) == b"ustar"
+
 
 def read(path: Path) -> Mapping[str, Any]:
-    """The dict in the file, tensors on the CPU. Raises ValueError if it is damaged or holds anything but weights."""
+    """The dict in the file, tensors on the CPU. Raises CheckpointError if it is damaged or holds other than weights."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # torch would read a path's ending, which need not be true
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
-        raise ValueError(
+        raise CheckpointError(
             f"load: {path}: expected tensors and plain containers; the file holds other objects, which are not "
             f"executed ({reason}). Save the module's state_dict() instead"
         ) from error
     except (RuntimeError, EOFError, KeyError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"load: {path}: damaged, or not a PyTorch file ({reason})") from error
+        raise CheckpointError(f"load: {path}: damaged, or not a PyTorch file ({reason})") from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"load: {path}: expected a dict of tensors; the file holds a {type(content).__name__}")
+        raise CheckpointError(f"load: {path}: expected a dict of tensors; the file holds a {type(content).__name__}")
     return content
