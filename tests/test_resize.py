@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastsr.image.resize import back_projection, imresize, kernel_shift, scaled_shape
-from fastsr.ops.resize_bicubic import centred_taps, resize_bicubic, tf1_taps
+from fastsr.image.resize import back_projection, imresize, kernel_shift, pair, scaled_shape
+from fastsr.ops.resize_bicubic import centred_taps, keys_cubic, resize_bicubic, tf1_taps
 
 PARITY = Path(__file__).parent / "parity"
 CASES = json.loads((PARITY / "imresize.json").read_text())["cases"]
@@ -17,6 +17,7 @@ STORED = load_file(PARITY / "imresize.safetensors")
 ROUNDING = 6.1e-8  # of values up to 1 stored as float32
 # The stored Lanczos kernels have a float32 epsilon added above and below the fraction line, against 0/0; ours do not.
 LANCZOS_EPSILON = 1.5e-7
+BORDERS = {"output": "mirror_end", "mirrored": "mirror"}  # of the stored tensors, by how their names begin
 
 
 def image(name: str) -> torch.Tensor:
@@ -46,7 +47,7 @@ def test_imresize(case, borders):
         expected = image(f"output:{case['name']}")
     scale, shape = arguments.get("scale_factor"), arguments.get("output_shape")
     antialias = "vertical" if arguments.get("antialiasing", True) else False
-    got = imresize(x, scale, shape=shape, kernel=kernel, antialias=antialias, mirror_start=borders == "mirrored")
+    got = imresize(x, scale, shape=shape, kernel=kernel, antialias=antialias, border=BORDERS[borders])
     assert got.shape == expected.shape
     tolerance = ROUNDING + LANCZOS_EPSILON * (isinstance(kernel, str) and "lanczos" in kernel)
     assert (got - expected).abs().max() <= tolerance
@@ -69,6 +70,63 @@ def test_defaults_are_matlabs(case):
     got = imresize(image(case["input"]), scale, shape=shape, kernel=kernel, antialias="antialiasing" not in arguments)
     tolerance = ROUNDING + LANCZOS_EPSILON * ("lanczos" in kernel)
     assert (got - image("mirrored:" + case["name"])).abs().max() <= tolerance
+
+
+# Closed forms, for both of MATLAB's borders.
+
+
+@pytest.mark.parametrize("border", ["mirror", "clamp"])
+@pytest.mark.parametrize("scale", [2.0, 3.0, 1.7, 0.5, 1 / 3, 0.3, (0.5, 1.5)], ids=str)
+class TestClosedForms:
+    def test_a_constant_stays(self, scale, border):
+        made = imresize(torch.full((1, 1, 9, 11), 0.37, dtype=torch.float64), scale, border=border)
+        torch.testing.assert_close(made, torch.full_like(made, 0.37), rtol=0, atol=1e-15)
+
+    def test_one_pixel_fills_the_result(self, scale, border):
+        pixel = torch.full((2, 3, 1, 1), 0.7, dtype=torch.float64)
+        made = imresize(pixel, scale, shape=(5, 4), border=border)
+        torch.testing.assert_close(made, pixel.expand(2, 3, 5, 4), rtol=0, atol=1e-15)
+
+    def test_a_ramp_is_sampled_at_the_centres(self, scale, border):
+        """Keys' cubic reproduces straight lines wherever it does not reach outside, if it is widened by a whole number:
+        sample i is the ramp at (i + 1/2) / scale - 1/2."""
+        vertical = scale if isinstance(scale, float) else scale[0]
+        stretch = max(1.0, 1 / vertical)
+        ramp = torch.arange(40, dtype=torch.float64)[None, None, :, None].expand(1, 1, 40, 6)
+        made = imresize(ramp, scale, border=border)[0, 0, :, 0]
+        centre = (torch.arange(len(made), dtype=torch.float64) + 0.5) / vertical - 0.5
+        inside = (centre >= 2 * stretch) & (centre <= 39 - 2 * stretch)
+        exact = stretch == round(stretch)
+        assert inside.sum() >= 3
+        assert ((made - centre)[inside].abs() <= (1e-12 if exact else 0.05)).all()
+
+    def test_rows_and_columns_are_independent(self, scale, border):
+        x = image("input")
+        y, w = (scale, scale) if isinstance(scale, float) else scale
+        height, width = scaled_shape(13, 19, (y, w))
+        rows = imresize(x, (y, 1.0), shape=(height, 19), border=border)
+        expected = imresize(rows, (1.0, w), shape=(height, width), border=border)
+        torch.testing.assert_close(imresize(x, scale, border=border), expected, rtol=0, atol=1e-13)
+
+    def test_the_border_is_that_of_a_padded_image(self, scale, border):
+        x, pad = image("input"), 30  # so that no kernel reaches the border of the padded image where it is looked at
+        modes = {"mirror": "symmetric", "clamp": "edge"}
+        wide = np.pad(x.numpy(), ((0, 0), (0, 0), (pad, pad), (pad, pad)), mode=modes[border])
+        for dim, (size, factor) in enumerate(zip((13, 19), pair(scale), strict=True)):
+            taps = centred_taps(size, 7, factor, border=border)
+            centre = (np.arange(7) + 0.5) / factor - 0.5
+            reached = np.arange(-pad, size + pad)
+            weight = keys_cubic((centre - reached[:, None]) / max(1, 1 / factor))
+            line = np.moveaxis(wide, 2 + dim, -1)[0, 0, pad]
+            expected = line @ (weight / weight.sum(0))
+            got = np.moveaxis(x.numpy(), 2 + dim, -1)[0, 0, 0][taps[0]] * taps[1]
+            np.testing.assert_allclose(got.sum(0), expected, rtol=0, atol=1e-13)
+
+
+def test_borders_differ_where_the_kernel_reaches_outside_and_nowhere_else():
+    x = torch.rand(1, 1, 24, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    difference = (imresize(x, 0.5) - imresize(x, 0.5, border="clamp")).abs()[0, 0]
+    assert difference[2:-2, 2:-2].max() <= 1e-15 and difference[:2].max() > 1e-3 and difference[:, -2:].max() > 1e-3
 
 
 def test_antialiasing_is_decided_axis_by_axis():
@@ -97,7 +155,7 @@ def test_back_projection(case, borders):
         down_kernel=blur_kernel(arguments["down_kernel"]),
         up_kernel=arguments["up_kernel"],
         antialias="vertical",
-        mirror_start=borders == "mirrored",
+        border=BORDERS[borders],
     )
     assert (got - image(f"{borders}:{case['name']}")).abs().max() <= ROUNDING
 
@@ -175,6 +233,7 @@ def test_a_blur_kernel_of_one_tap_only_picks_pixels_and_takes_any_channel_count(
         ({"scale": 0.5, "kernel": np.ones(3)}, "2-D"),
         ({"scale": 2.0, "shape": (0, 4)}, "positive sizes"),
         ({"scale": 2.0, "antialias": "horizontal"}, "antialias"),
+        ({"scale": 2.0, "border": "zero"}, "border: expected one of mirror, clamp"),
     ],
 )
 def test_bad_arguments_are_explained(arguments, message):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsr.ops.resize_bicubic import Taps, centred_taps, keys_cubic, resample, resize_bicubic
+from fastsr.ops.resize_bicubic import BORDERS, Taps, centred_taps, keys_cubic, resample, resize_bicubic
 
 Scale = float | Sequence[float]
 Kernel = str | np.ndarray | Tensor
@@ -65,7 +65,7 @@ def imresize(
     shape: tuple[int, int] | None = None,
     kernel: Kernel = "cubic",
     antialias: bool | str = True,
-    mirror_start: bool = True,
+    border: str = "mirror",
 ) -> Tensor:
     """MATLAB's `imresize` of image (N, C, H, W), floating point -> (N, C, H', W') of the same dtype, not clipped.
 
@@ -74,8 +74,11 @@ def imresize(
     kernel: "cubic", "linear", "box", "lanczos2", "lanczos3", or a 2-D blur kernel, which is correlated with the image
     (not flipped), its middle on the pixel at size // 2, and of which samples 1/scale apart are kept; only for scales
     of at most 1. antialias: widen the kernel along the axes that shrink; "vertical" lets the vertical scale decide for
-    both axes, and widens (or narrows) both. mirror_start=False does not mirror the image at its top and left.
-    antialias="vertical" with mirror_start=False is how the code published with ZSSR resizes; the defaults are MATLAB's.
+    both axes, and widens (or narrows) both. border: what lies outside the image, for kernels given by name: "mirror"
+    repeats it backwards, "clamp" repeats its outermost pixels, "mirror_end" is "mirror" but leaves out what lies above
+    and to the left. The first two are both MATLAB's: files that it made in 2017 are clamped, its later versions and
+    IDN's code mirror; they differ near the borders only.
+    antialias="vertical" with border="mirror_end" is how the code published with ZSSR resizes.
     Raises ValueError for a shape, scale or kernel that is not one of these.
     """
     if image.dim() != 4 or not image.is_floating_point() or 0 in image.shape:
@@ -95,7 +98,9 @@ def imresize(
         raise ValueError(f"imresize: kernel: expected one of {', '.join(KERNELS)} or a 2-D array, got {kernel!r}")
     if antialias not in (True, False, "vertical"):
         raise ValueError(f"imresize: antialias: expected True, False or 'vertical', got {antialias!r}")
-    if kernel == "cubic" and antialias is True and mirror_start:
+    if border not in BORDERS:
+        raise ValueError(f"imresize: border: expected one of {', '.join(BORDERS)}, got {border!r}")
+    if kernel == "cubic" and antialias is True and border == "mirror":
         return resize_bicubic(image, *shape, *scale)
     function, radius = KERNELS[kernel]
 
@@ -106,7 +111,7 @@ def imresize(
         stretch = max(1.0, 1.0 / factor) if antialias else 1.0
         if antialias == "vertical":
             stretch = 1.0 / factor if scale[0] < 1 else 1.0
-        return centred_taps(size, count, factor, function, radius, stretch, mirror_start)
+        return centred_taps(size, count, factor, function, radius, stretch, border)
 
     return resample(image, taps(0), taps(1))
 
@@ -179,7 +184,7 @@ def back_projection(
     down_kernel: Kernel = "cubic",
     up_kernel: str = "cubic",
     antialias: bool | str = True,
-    mirror_start: bool = True,
+    border: str = "mirror",
 ) -> Tensor:
     """One step towards an `enlarged` (N, C, H', W') that shrinks to `image` (N, C, H, W); the result is cut to 0..1.
 
@@ -187,7 +192,7 @@ def back_projection(
     M. Irani, S. Peleg, "Improving resolution by image registration", CVGIP, 1991.
     """
     y, x = pair(scale)
-    options = {"antialias": antialias, "mirror_start": mirror_start}
+    options = {"antialias": antialias, "border": border}
     shrunk = imresize(enlarged, (1 / y, 1 / x), shape=tuple(image.shape[2:]), kernel=down_kernel, **options)
     missing = imresize(image - shrunk, (y, x), shape=tuple(enlarged.shape[2:]), kernel=up_kernel, **options)
     return (enlarged + missing).clamp(0, 1)

@@ -20,6 +20,7 @@ from fastsr.op import empty_image, expect, op
 
 Taps = tuple[np.ndarray, np.ndarray]  # of one axis: positions (taps, samples) int64, weights (taps, samples) float64
 METHODS = ("matlab", "tf1")
+BORDERS = ("mirror", "clamp", "mirror_end")
 
 
 def keys_cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
@@ -38,13 +39,14 @@ def centred_taps(
     kernel: Callable[[np.ndarray], np.ndarray] = keys_cubic,
     radius: float = 2.0,
     stretch: float | None = None,
-    mirror_start: bool = True,
+    border: str = "mirror",
 ) -> Taps:
     """Where `count` samples read an axis of `size` pixels, and with which weights (each sample's sum to 1).
 
     Sample i sits at (i + 1/2) / scale - 1/2. The kernel, zero beyond `radius`, is widened by `stretch`
-    (default: 1/scale where that is more than 1). Positions outside are mirrored about the edge of the image;
-    `mirror_start=False` drops those before pixel 0 instead and scales the rest up.
+    (default: 1/scale where that is more than 1). A position outside is mirrored about the edge of the image ("mirror"),
+    or stands for the pixel at that edge ("clamp"); "mirror_end" mirrors at the far end only, and drops what lies before
+    pixel 0 and scales the rest up.
     """
     if stretch is None:
         stretch = max(1.0, 1.0 / scale)
@@ -53,11 +55,14 @@ def centred_taps(
     first = np.floor(centre - reach).astype(np.int64)
     position = first + np.arange(int(np.ceil(2 * reach)) + 2)[:, None]
     weight = kernel((centre - position) / stretch)
-    if not mirror_start:
+    if border == "mirror_end":
         weight = np.where(position < 0, 0.0, weight)
     weight = weight / weight.sum(axis=0)
-    position = position % (2 * size)  # the mirrored image has period 2 * size, however far the kernel reaches
-    position = np.minimum(position, 2 * size - 1 - position)
+    if border == "clamp":
+        position = position.clip(0, size - 1)
+    else:
+        position = position % (2 * size)  # the mirrored image has period 2 * size, however far the kernel reaches
+        position = np.minimum(position, 2 * size - 1 - position)
     used = weight.any(axis=1)
     return position[used], weight[used]
 

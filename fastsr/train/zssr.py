@@ -419,7 +419,7 @@ def untrained(channels: int, config: ZSSRConfig, rng: np.random.Generator) -> ZS
 
 
 def _resize_options(official: bool) -> dict:
-    return {"antialias": "vertical", "mirror_start": False} if official else {}
+    return {"antialias": "vertical", "border": "mirror_end"} if official else {}
 
 
 def _one_for_each(kernels: np.ndarray | Sequence[np.ndarray] | None, steps: int) -> list[np.ndarray] | None:
