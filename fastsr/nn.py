@@ -78,7 +78,7 @@ class MeanShift(ConvAct):
         channels = len(mean)
         super().__init__(channels, channels, 1)
         nn.init.dirac_(self.weight)
-        self.bias = nn.Parameter(torch.tensor([sign * value_range * m for m in mean]))
+        self.bias = nn.Parameter(sign * value_range * torch.tensor(mean))  # rounded where the authors' is
         self.requires_grad_(False)
 
 
