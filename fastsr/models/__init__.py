@@ -91,22 +91,22 @@ def load(
 ) -> Network:
     """Loads trained weights into the network they belong to, recognised by its keys and shapes.
 
-    source: a `.pth`, `.pt` or `.safetensors` file; a state dict; or a module (somebody's implementation, also wrapped
+    source: a file of any format in `fastsr.checkpoints.FORMATS`; a state dict; or a module (somebody's implementation, also wrapped
         by spandrel), whose state dict is read. Wrappings under `params_ema`, `params`, `state_dict` or `model` and the
         prefix `module.` are taken off.
     device, dtype: of the result. Default: a module's own; else the CPU and float32.
     hints: fields of the networks' configurations (`rgb_range`, `img_range`, `res_scale`, `scale`, ...). Each is used by
-        a network that has it and whose file cannot say it (`Network.hints`), and has no effect otherwise. A module's
-        own attributes of these names are used where no hint is given.
+        a network that has it and whose file cannot say it (`Network.hints`), and has no effect otherwise. Where no
+        hint is given, a module's own attributes of these names are used, and what a file says beside its tensors.
 
     Returns the network in evaluation mode; its call is the authors' forward in the authors' value range, and its repr
     shows what was decided. Raises LoadError (a ValueError) if no network fits, with the networks considered and the
-    keys that did not fit; FileNotFoundError; TypeError for an unknown hint or source.
+    keys that did not fit; CheckpointError (a ValueError) for a damaged file; FileNotFoundError; TypeError for an unknown hint or source.
     """
     unknown = [k for k in hints if k not in HINTS]
     if unknown:
         raise TypeError(f"load: no network knows the hint {', '.join(unknown)}; known are {', '.join(HINTS)}")
-    state, origin = _state_of(source)
+    state, origin, in_file = _state_of(source)
     module = _module_of(source)
     if module is not None:
         first = next(module.parameters(), None)
@@ -115,7 +115,7 @@ def load(
     for network in NETWORKS:
         dialect = network.detect(state)
         if dialect is not None:
-            said = {} if module is None else network.hints_of(module)
+            said = in_file if module is None else network.hints_of(module)
             model = _build(network, dialect, state, said | hints, origin, dtype or torch.float32)
             return model.to(device=device or "cpu").eval()
     raise LoadError(_nothing_fits(state, origin))
@@ -156,16 +156,18 @@ def _module_of(source: Any) -> nn.Module | None:
     return wrapped if isinstance(wrapped, nn.Module) else None
 
 
-def _state_of(source: Any) -> tuple[State, str]:
-    """The flat state dict of a source, without wrappings and prefixes, and what to call it in messages."""
+def _state_of(source: Any) -> tuple[State, str, dict[str, Any]]:
+    """The flat state dict of a source, without wrappings and prefixes, what to call it in messages, and the hints that
+    a file holds beside its tensors."""
     module = _module_of(source)
     if module is not None:
-        return unwrap(module.state_dict(), type(module).__name__), type(module).__name__
+        return unwrap(module.state_dict(), type(module).__name__), type(module).__name__, {}
     if isinstance(source, Mapping):
-        return unwrap(source, "the state dict"), "the state dict"
+        return unwrap(source, "the state dict"), "the state dict", getattr(source, "hints", {})
     if isinstance(source, (str, os.PathLike)):
         path = os.fspath(source)
-        return unwrap(read(path), path), path
+        content = read(path)
+        return unwrap(content, path), path, getattr(content, "hints", {})
     raise TypeError(f"load: expected a path, a state dict or a module; got {type(source).__name__}")
 
 

@@ -1,7 +1,7 @@
 """EnhanceNet: Single Image Super-Resolution Through Automated Texture Synthesis.
 
-M. S. M. Sajjadi, B. Scholkopf, M. Hirsch, ICCV 2017. Weights: msmsajjadi/EnhanceNet-Code, a TensorFlow checkpoint; keys
-are its layer names with `.weight` (torch layout) and `.bias`. Input and output: RGB in 0..1.
+M. S. M. Sajjadi, B. Scholkopf, M. Hirsch, ICCV 2017. Weights: msmsajjadi/EnhanceNet-Code, a TensorFlow checkpoint, which
+is read; keys are its layer names with `.weight` (torch layout) and `.bias`. Input and output: RGB in 0..1.
 Tested variants: x4, the same generator for every one of the paper's losses.
 """
 
@@ -45,7 +45,10 @@ class EnhanceNet(Network):
 
     name = "enhancenet"
     Config = EnhanceNetConfig
-    dialects = {"tensorflow": ("Conv.weight", "Conv_1.weight", "Conv_2.weight")}
+    dialects = {
+        "tensorflow": ("Conv.weight", "Conv_1.weight", "Conv_2.weight"),
+        "tensorflow checkpoint": ("generator/Conv/weights", "generator/Conv_1/weights", "generator/Conv_2/weights"),
+    }
     hints = ("rgb_mean",)
 
     def __init__(self, config: EnhanceNetConfig) -> None:
@@ -60,6 +63,21 @@ class EnhanceNet(Network):
             setattr(self, f"Conv_{n}", ConvAct(f, f, act="relu", upsample=2))
         setattr(self, f"Conv_{first + 2}", ConvAct(f, f, act="relu"))
         setattr(self, f"Conv_{first + 3}", ConvAct(f, c))
+
+    @classmethod
+    def convert(cls, state: State, dialect: str) -> State:
+        """A checkpoint's variables (height, width, in, out) under their layers' names. What training adds is left out:
+        other scopes, and what an optimiser keeps of a variable, which is named below it."""
+        if dialect == "tensorflow":
+            return state
+        kinds = {"weights": "weight", "biases": "bias"}
+        converted = {}
+        for key, value in state.items():
+            layer, _, kind = key.removeprefix("generator/").rpartition("/")
+            if key.startswith("generator/") and f"generator/{layer}" not in state:
+                name = f"{layer}.{kinds.get(kind, kind)}"
+                converted[name] = value.permute(3, 2, 0, 1).contiguous() if value.dim() == 4 else value
+        return converted
 
     @classmethod
     def config_from(cls, state: State, dialect: str, hints: Mapping[str, Any]) -> EnhanceNetConfig:

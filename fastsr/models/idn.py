@@ -3,8 +3,9 @@
 Z. Hui, X. Wang, X. Gao, CVPR 2018. Weights: Zheng222/IDN-Caffe; keys are its layers' names with `.weight` and `.bias`.
 Input and output: luma in 0..1 (16..235 over 255 for colour images). Tested variants: x2, x3 and x4.
 
-The scale is in no file: the transposed convolution that enlarges has 17x17 weights for every scale. It is given once,
-`fastsr.load(file, scale=4)`, or in each call, `model(x, scale=4)`; a call that knows no scale raises.
+The weights do not say the scale: the transposed convolution that enlarges has 17x17 of them for every scale. A Caffe
+file names its stride, and so the scale; else it is given once, `fastsr.load(file, scale=4)`, or in each call,
+`model(x, scale=4)`. A call that knows no scale raises.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class IDN(Network):
 
     @classmethod
     def config_from(cls, state: State, dialect: str, hints: Mapping[str, Any]) -> IDNConfig:
-        """Sizes from shapes; the scale is a hint or unknown."""
+        """Sizes from shapes; the scale is a hint, a user's or a Caffe file's, or unknown."""
         widths = tuple(state[f"conv3_{i}.weight"].shape[0] for i in range(1, 7))
         return IDNConfig(
             channels=state["conv1.weight"].shape[1],
@@ -156,7 +157,7 @@ class IDN(Network):
         scale = known if scale is None else scale
         if scale is None:
             raise ValueError(
-                "idn: the scale is not known, as no file says it; give it in the call, model(x, scale=4), "
+                "idn: the scale is not known, as the weights do not say it; give it in the call, model(x, scale=4), "
                 "or when loading, fastsr.load(file, scale=4)"
             )
         check_scale(scale)

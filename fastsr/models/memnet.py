@@ -22,6 +22,7 @@ three input channels is taken as RGB.) Two forms:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -195,11 +196,63 @@ class RecursiveMemoryBlock(nn.Module):
         return remember(units, self.gate, long_term, long_term_first=True)
 
 
+CAFFE_LAYERS = (
+    ("conv1", "conv1.bn", "conv1.conv"),
+    (r"conv(?P<m>\d+)_(?P<r>\d+)_(?P<i>[ab])", "memory.{m}.bn_{i}.{r}", "memory.{m}.conv_{i}"),
+    (r"conv_transition_(?P<m>\d+)", "memory.{m}.gate.bn", "memory.{m}.gate.conv"),
+    (r"conv_end_(?P<m>\d+)", "end_bn.{m}", "end_conv"),
+)
+"""Name in Caffe, of its batch norm here, of its convolution here; Caffe counts from 01."""
+
+
+def from_caffe(state: State) -> State:
+    """The Caffe model's tensors under the keys of `OriginalMemNet`; those of other layers keep their names.
+
+    Caffe's BatchNorm holds running sums and, third, the factor to divide them by (zero before the first step of
+    training, when they count as zero). Raises ValueError if copies of a shared convolution differ.
+    """
+    converted: dict[str, Tensor] = {}
+    ensemble: dict[int, Tensor] = {}
+    for key, value in state.items():
+        layer, _, part = key.partition(".")
+        if number := re.fullmatch(r"weight_output_end_(\d+)", layer):
+            if value.numel() != 1:
+                raise ValueError(f"expected {key} to be one weight; got {value.numel()}")
+            ensemble[int(number[1])] = value.flatten()
+            continue
+        name = _own_layer(layer)
+        if layer.startswith("bn_") and part in ("blobs.0", "blobs.1"):
+            factor = state[f"{layer}.blobs.2"].flatten()[0]
+            value = value.flatten() / factor if factor else torch.zeros_like(value.flatten())
+            part = "running_mean" if part == "blobs.0" else "running_var"
+        elif layer.startswith("bn_") and part == "blobs.2":
+            part, value = "num_batches_tracked", torch.tensor(0)
+        own = f"{name}.{part}"
+        if own in converted and not torch.equal(converted[own], value):
+            raise ValueError(f"expected {key} to equal the other copies of {own}, which is shared")
+        converted[own] = value
+    converted["ensemble"] = torch.cat([ensemble[m] for m in sorted(ensemble)])
+    return converted
+
+
+def _own_layer(layer: str) -> str:
+    """The name here of a Caffe layer, or the same name if it is none of the network's."""
+    convolution = re.sub("^(bn|scale)_", "", layer)
+    for pattern, norm, conv in CAFFE_LAYERS:
+        if found := re.fullmatch(pattern, convolution):
+            numbers = {k: v if k == "i" else int(v) - 1 for k, v in found.groupdict().items()}
+            return (conv if layer == convolution else norm).format(**numbers)
+    return layer
+
+
 class OriginalMemNet(Interpolated):
     """The multi-supervised network of the paper's figure 3; unproven, see the module's docstring."""
 
     name = "memnet_original"
-    dialects = {"original": ("conv1.conv.weight", "memory.0.conv_a.weight", "end_conv.weight", "ensemble")}
+    dialects = {
+        "original": ("conv1.conv.weight", "memory.0.conv_a.weight", "end_conv.weight", "ensemble"),
+        "caffe": ("conv01_01_a.weight", "conv_transition_01.weight", "weight_output_end_01.weight"),
+    }
 
     def __init__(self, config: MemNetConfig) -> None:
         super().__init__(config)
@@ -208,6 +261,10 @@ class OriginalMemNet(Interpolated):
         self.end_bn = nn.ModuleList([nn.BatchNorm2d(config.channels) for _ in range(config.num_memblock)])
         self.end_conv = ConvAct(config.channels, config.in_channels)
         self.ensemble = nn.Parameter(torch.ones(config.num_memblock))  # as Caffe's Scale layer starts
+
+    @classmethod
+    def convert(cls, state: State, dialect: str) -> State:
+        return from_caffe(state) if dialect == "caffe" else state
 
     @classmethod
     def config_from(cls, state: State, dialect: str, hints: Mapping[str, Any]) -> MemNetConfig:
