@@ -91,9 +91,9 @@ def load(
 ) -> Network:
     """Loads trained weights into the network they belong to, recognised by its keys and shapes.
 
-    source: a file of any format in `fastsr.checkpoints.FORMATS`; a state dict; or a module (somebody's implementation, also wrapped
-        by spandrel), whose state dict is read. Wrappings under `params_ema`, `params`, `state_dict` or `model` and the
-        prefix `module.` are taken off.
+    source: a file of any format in `fastsr.checkpoints.FORMATS`; a state dict; or a module (somebody's implementation,
+        also wrapped by spandrel), whose state dict is read. Wrappings under `params_ema`, `params`, `state_dict` or
+        `model` and the prefix `module.` are taken off.
     device, dtype: of the result. Default: a module's own; else the CPU and float32.
     hints: fields of the networks' configurations (`rgb_range`, `img_range`, `res_scale`, `scale`, ...). Each is used by
         a network that has it and whose file cannot say it (`Network.hints`), and has no effect otherwise. Where no
@@ -101,7 +101,8 @@ def load(
 
     Returns the network in evaluation mode; its call is the authors' forward in the authors' value range, and its repr
     shows what was decided. Raises LoadError (a ValueError) if no network fits, with the networks considered and the
-    keys that did not fit; CheckpointError (a ValueError) for a damaged file; FileNotFoundError; TypeError for an unknown hint or source.
+    keys that did not fit; CheckpointError (a ValueError) for a file that is damaged or not read; FileNotFoundError;
+    TypeError for an unknown hint or source.
     """
     unknown = [k for k in hints if k not in HINTS]
     if unknown:

@@ -1,7 +1,7 @@
 """EnhanceNet: Single Image Super-Resolution Through Automated Texture Synthesis.
 
-M. S. M. Sajjadi, B. Scholkopf, M. Hirsch, ICCV 2017. Weights: msmsajjadi/EnhanceNet-Code, a TensorFlow checkpoint, which
-is read; keys are its layer names with `.weight` (torch layout) and `.bias`. Input and output: RGB in 0..1.
+M. S. M. Sajjadi, B. Scholkopf, M. Hirsch, ICCV 2017. Weights: msmsajjadi/EnhanceNet-Code, a TensorFlow checkpoint. Keys
+are its layer names with `.weight` (torch layout) and `.bias`. Input and output: RGB in 0..1.
 Tested variants: x4, the same generator for every one of the paper's losses.
 """
 
