@@ -189,3 +189,52 @@ def test_networks_compile_into_one_graph(name):
 def test_unknown_hints_are_refused():
     with pytest.raises(TypeError, match="no network knows the hint rgb_rnage"):
         fastsr.load(parity_case("carn_m_x2").state_dict(), rgb_rnage=255)
+
+
+UNUSUAL = [
+    ("carn", {"scale": 3, "features": 16, "group": 2}),
+    ("carn", {"scales": (2, 4), "mobile": True, "group": 2, "features": 8}),
+    ("zssr", {"channels": 1, "width": 8, "depth": 4}),
+    ("memnet", {"in_channels": 3, "channels": 8, "num_memblock": 2, "num_resblock": 3}),
+    ("memnet_original", {"channels": 8, "num_memblock": 3, "num_resblock": 2}),
+    ("rcan", {"scale": 8, "groups": 3, "blocks": 1, "features": 16, "hidden": 2}),
+    ("rcan", {"scale": 3, "groups": 1, "blocks": 2, "features": 8, "channels": 1, "mean": (0.5,), "rgb_range": 1.0}),
+    ("rcan_basicsr", {"scale": 2, "groups": 1, "blocks": 3, "features": 8, "res_scale": 0.3, "img_range": 1.0}),
+    ("dbpn", {"scale": 2, "features": 16, "width": 8, "stages": 3}),
+    ("dbpn", {"scale": 8, "features": 16, "width": 8, "stages": 4, "iterations": 2}),
+    ("ddbpn", {"scale": 2, "features": 16, "width": 8, "stages": 4}),
+    ("esrgan", {"scale": 2, "features": 8, "blocks": 1, "growth": 4, "unshuffle": 2}),
+    ("esrgan", {"scale": 8, "features": 8, "blocks": 2, "growth": 4, "in_channels": 1, "out_channels": 1}),
+    ("rdn", {"scale": 4, "D": 3, "C": 2, "G": 8, "G0": 16}),
+    ("rdn_original", {"scale": 8, "D": 2, "C": 3, "G": 8, "G0": 16, "block_width": 12}),
+    ("rdn_plain", {"scale": 3, "D": 3, "C": 2, "G": 8, "channels": 1}),
+    (
+        "idn",
+        {"scale": 3, "features": 16, "blocks": 2, "block_widths": (12, 8, 16, 16, 12, 20), "slice": 4, "groups": 4},
+    ),
+    ("srfeat", {"features": 16, "blocks": 3}),
+    ("msrn", {"scale": 8, "blocks": 2, "features": 8}),
+    ("msrn_old", {"scale": 3, "blocks": 3, "features": 8}),
+    ("enhancenet", {"blocks": 2, "features": 8}),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), UNUSUAL, ids=lambda v: v if isinstance(v, str) else "")
+def test_other_sizes_are_read_from_the_file_and_any_image_is_enlarged(name, config):
+    """Sizes nobody published: load reads them, and images of odd sizes, one pixel and batches come out exact."""
+    torch.manual_seed(0)
+    model = fastsr.create(name, **config).double()
+    loaded = fastsr.load(
+        model.state_dict(), dtype=torch.float64, **{hint: getattr(model.config, hint) for hint in model.hints}
+    )
+    assert loaded.config == model.config
+    channels = 1 if model.colour == "y" or config.get("channels") == 1 else 3
+    low, high = model.value_range
+    for scale in model.scales:
+        for shape in ((2, channels, 7, 10), (1, channels, 1, 1), (1, channels, 1, 6)):
+            x = torch.rand(shape, dtype=torch.float64) * (high - low) + low
+            with torch.no_grad():
+                made = model.super_resolve(x, scale)
+                assert made.shape == (shape[0], channels, shape[2] * scale, shape[3] * scale)
+                assert torch.equal(loaded.super_resolve(x, scale), made) and torch.isfinite(made).all()
+                torch.testing.assert_close(model.super_resolve(x[-1:], scale), made[-1:], rtol=1e-9, atol=1e-9)
