@@ -19,10 +19,9 @@ FORMATS: tuple[ModuleType, ...] = (safetensors, tensorflow, pytorch, caffe)
 """The readers, in the order in which `matches` is asked: whoever has no magic number comes last."""
 
 
-def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
-    """The content of a weight file, as saved, on the CPU. The reader is chosen by what the file holds, whatever its
-    name, and by the ending where that tells nothing. Raises FileNotFoundError; CheckpointError for a file of no known
-    format, or one that is damaged or hostile."""
+def reader_of(path: str | os.PathLike[str]) -> ModuleType:
+    """The reader for a weight file, chosen by what it holds, whatever its name, and by the ending where that tells
+    nothing. Raises FileNotFoundError; CheckpointError for a file of no known format."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load: {path}: expected a weight file; there is none")
@@ -35,4 +34,10 @@ def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
             f"load: {path}: expected a file ending in {known}, or the content of one under another name; "
             f"got {path.suffix or 'no ending'!r} and a content of none of these"
         )
-    return reader.read(path)
+    return reader
+
+
+def read(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    """The content of a weight file, as saved, on the CPU. Raises what `reader_of` does, and CheckpointError for a file
+    that is damaged or hostile."""
+    return reader_of(path).read(Path(path))

@@ -1,16 +1,16 @@
-"""Safetensors files."""
+"""Safetensors files, the normal form (`normal.py`) among them."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
+from fastsr.checkpoints.content import Content
 from fastsr.checkpoints.errors import CheckpointError
+from fastsr.checkpoints.normal import from_metadata, tuples
 
-DESCRIPTION = "Safetensors"
+DESCRIPTION = "Safetensors, and fastsr's normal form of it"
 ENDINGS = (".safetensors",)
 NETWORKS = ("all",)
 SEEN = "real files"
@@ -21,9 +21,21 @@ def matches(data: memoryview) -> bool:
     return bytes(data[8:9]) == b"{" and int.from_bytes(data[:8], "little") <= len(data) - 8
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """The tensors in the file, on the CPU. Raises CheckpointError if it is damaged."""
+def read(path: Path) -> Content:
+    """The tensors in the file, on the CPU. The configuration in a normal form's metadata is its hints.
+
+    Raises CheckpointError if the file is damaged.
+    """
+    content = Content()
     try:
-        return load_file(path, device="cpu")
+        with safe_open(path, framework="pt", device="cpu") as file:
+            content.normal = from_metadata(file.metadata())
+            for key in file.keys():  # noqa: SIM118 (the file is no mapping)
+                content[key] = file.get_tensor(key)
     except SafetensorError as error:
         raise CheckpointError(f"load: {path}: damaged, or not a safetensors file ({error})") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"load: {path}: {error}") from error
+    if content.normal is not None:
+        content.hints = {field: tuples(value) for field, value in content.normal.config.items()}
+    return content

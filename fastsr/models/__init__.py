@@ -6,13 +6,16 @@ import difflib
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fastsr.checkpoints import read
+from fastsr.checkpoints import reader_of
+from fastsr.checkpoints.normal import Normal, plain
 from fastsr.models.carn import CARN
 from fastsr.models.dbpn import DBPN, DDBPN, DBPNDiscriminator
 from fastsr.models.enhancenet import EnhanceNet
@@ -20,7 +23,7 @@ from fastsr.models.esrgan import ESRGAN, ESRGANDiscriminator
 from fastsr.models.idn import IDN
 from fastsr.models.memnet import MemNet, OriginalMemNet
 from fastsr.models.msrn import MSRN, MSRNOld
-from fastsr.models.network import LoadError, Network, State
+from fastsr.models.network import LoadError, Network, Origin, State
 from fastsr.models.rcan import RCAN, RCANBasicSR
 from fastsr.models.rdn import RDN, RDNOriginal, RDNPlain
 from fastsr.models.sftgan import OutdoorSceneSeg, SFTNet
@@ -107,19 +110,27 @@ def load(
     unknown = [k for k in hints if k not in HINTS]
     if unknown:
         raise TypeError(f"load: no network knows the hint {', '.join(unknown)}; known are {', '.join(HINTS)}")
-    state, origin, in_file = _state_of(source)
+    found = _open(source)
     module = _module_of(source)
     if module is not None:
         first = next(module.parameters(), None)
         device = first.device if device is None and first is not None else device
         dtype = first.dtype if dtype is None and first is not None else dtype
     for network in NETWORKS:
-        dialect = network.detect(state)
+        dialect = network.detect(found.state)
         if dialect is not None:
-            said = in_file if module is None else network.hints_of(module)
-            model = _build(network, dialect, state, said | hints, origin, dtype or torch.float32)
+            said = found.hints if module is None else network.hints_of(module)
+            if found.normal is not None:
+                _check_values(found, network)
+            model = _build(network, dialect, found.state, said | hints, found.name, dtype or torch.float32)
+            sayers = dict.fromkeys(said, found.sayer) | dict.fromkeys(hints, "hint")
+            origin = Origin(found.name, found.format, dialect, _deciders(model, dialect, sayers))
+            if found.normal is not None:
+                _check_normal(found, model, hints)
+                origin = replace(origin, variant=found.normal.variant, sha256=found.normal.source_sha256)
+            model.origin = origin
             return model.to(device=device or "cpu").eval()
-    raise LoadError(_nothing_fits(state, origin))
+    raise LoadError(_nothing_fits(found.state, found.name))
 
 
 def interpolate(
@@ -157,19 +168,104 @@ def _module_of(source: Any) -> nn.Module | None:
     return wrapped if isinstance(wrapped, nn.Module) else None
 
 
-def _state_of(source: Any) -> tuple[State, str, dict[str, Any]]:
-    """The flat state dict of a source, without wrappings and prefixes, what to call it in messages, and the hints that
-    a file holds beside its tensors."""
+@dataclass(frozen=True)
+class _Found:
+    """A source, opened: its flat state dict without wrappings and prefixes, what to call it in messages, its format,
+    the hints that it holds beside its tensors, who says these, and the metadata of a normal form."""
+
+    state: State
+    name: str
+    format: str
+    sayer: str = "file"
+    hints: Mapping[str, Any] = field(default_factory=dict)
+    normal: Normal | None = None
+
+
+def _open(source: Any) -> _Found:
     module = _module_of(source)
     if module is not None:
-        return unwrap(module.state_dict(), type(module).__name__), type(module).__name__, {}
+        name = type(module).__name__
+        return _Found(unwrap(module.state_dict(), name), name, "module", "module")
     if isinstance(source, Mapping):
-        return unwrap(source, "the state dict"), "the state dict", getattr(source, "hints", {})
+        name = "the state dict"
+        return _Found(unwrap(source, name), name, "state dict", hints=getattr(source, "hints", {}))
     if isinstance(source, (str, os.PathLike)):
-        path = os.fspath(source)
-        content = read(path)
-        return unwrap(content, path), path, getattr(content, "hints", {})
+        name = os.fspath(source)
+        reader = reader_of(source)
+        content = reader.read(Path(source))
+        beside = {"hints": getattr(content, "hints", {}), "normal": getattr(content, "normal", None)}
+        return _Found(unwrap(content, name), name, reader.DESCRIPTION, **beside)
     raise TypeError(f"load: expected a path, a state dict or a module; got {type(source).__name__}")
+
+
+def _check_values(found: _Found, network: type[Network]) -> None:
+    """Raises LoadError unless the values in a normal form's metadata that keys and shapes will not confirm, those of
+    hints, are of the type of their fields, and finite."""
+    for f in fields(network.Config):
+        value = found.hints.get(f.name)
+        if f.name in network.hints and f.name in found.hints and not _is_a(value, str(f.type)):
+            raise LoadError(
+                f"load: {found.name}: its metadata gives {network.name} {f.name} = {str(value)[:40]!r}; expected "
+                f"{f.type}; convert the source file again"
+            )
+
+
+def _is_a(value: Any, annotation: str) -> bool:
+    """Whether a value is of an annotated type of hints: bool, int, float, int | None, or a tuple of numbers."""
+    if isinstance(value, tuple):
+        return annotation.startswith("tuple") and all(_is_a(v, "float") for v in value)
+    if value is None or isinstance(value, bool):
+        return ("None" if value is None else "bool") in annotation
+    kinds = (int,) if annotation.startswith("int") else (int, float)
+    return not annotation.startswith(("tuple", "bool")) and isinstance(value, kinds) and abs(value) < 2**53
+
+
+def _check_normal(found: _Found, model: Network, hints: Mapping[str, Any]) -> None:
+    """Raises LoadError unless a normal form's metadata is what its tensors, and the hints of the call, made of it."""
+    said = found.normal
+    again = "convert the source file again"
+    if said.network != model.name:
+        known = "" if any(said.network == n.name for n in NETWORKS) else ", which does not exist"
+        raise LoadError(
+            f"load: {found.name}: its metadata names the network {said.network!r}{known}; its tensors are those of "
+            f"{model.name!r}; {again}"
+        )
+    made = plain(asdict(model.config))
+    other = [f for f in made.keys() | said.config.keys() if f not in hints and made.get(f) != said.config.get(f)]
+    if other or made.keys() != said.config.keys():
+        differing = sorted(other or made.keys() ^ said.config.keys())
+        raise LoadError(
+            f"load: {found.name}: its metadata does not agree with its tensors, which give {model.summary()}; "
+            f"differing: {_some(differing)}; {again}"
+        )
+
+
+def _deciders(model: Network, dialect: str, said: Mapping[str, str]) -> dict[str, str]:
+    """`Origin.fields` of a network. `said`: who said a field, for those said beside keys and shapes."""
+
+    def matters(hint: str) -> bool:
+        """Whether another value of a hint would have made another configuration: some files overrule theirs."""
+        value = getattr(model.config, hint)
+        other = not value if isinstance(value, bool) else 3 if value is None else _one_more(value)
+        hints = {h: getattr(model.config, h) for h in model.hints} | {hint: other}
+        try:
+            return model.config_from(model.state_dict(), dialect, hints) != model.config
+        except ValueError:  # it was looked at, and refused
+            return True
+
+    deciders = {}
+    for name in (f.name for f in fields(model.config)):
+        if name in model.fixed:
+            deciders[name] = "definition"
+        elif name in model.hints and matters(name):
+            deciders[name] = said.get(name, "assumed")
+        else:
+            deciders[name] = "file"
+    return deciders
+
+
+def _one_more(value: Any) -> Any:
+    return tuple(map(_one_more, value)) if isinstance(value, tuple) else value + 1
 
 
 def unwrap(content: Mapping[str, Any], origin: str) -> State:
@@ -206,7 +302,7 @@ def _build(
         config = network.config_from(converted, dialect, chosen)
         with torch.device("meta"), _NoInit():
             model = network(config)
-    except (KeyError, IndexError, StopIteration, RuntimeError, ValueError) as error:
+    except (KeyError, IndexError, StopIteration, RuntimeError, ValueError, TypeError, OverflowError) as error:
         cause = f"the key {error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
         raise LoadError(f"load: {origin} looks like {network.name} ({dialect}) but {cause}") from error
     own = model.state_dict()

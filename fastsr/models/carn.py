@@ -149,6 +149,7 @@ class CARN(Network, Cascade):
     Config = CARNConfig
     dialects = {"official": ("entry.weight", "b1.b1.body.0.weight", "c3.body.0.weight", "exit.weight")}
     hints = ()
+    fixed = ("mean",)
 
     def __init__(self, config: CARNConfig) -> None:
         Cascade.__init__(self, config.features)

@@ -50,6 +50,7 @@ class EnhanceNet(Network):
         "tensorflow checkpoint": ("generator/Conv/weights", "generator/Conv_1/weights", "generator/Conv_2/weights"),
     }
     hints = ("rgb_mean",)
+    fixed = ("scale",)
 
     def __init__(self, config: EnhanceNetConfig) -> None:
         super().__init__(config)

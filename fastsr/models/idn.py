@@ -77,6 +77,7 @@ class IDN(Network):
     Config = IDNConfig
     dialects = {"caffe": ("conv1.weight", "conv2.weight", "conv3_1.weight", "down1.weight", "upsample.weight")}
     hints = ("scale",)
+    fixed = ("leaky_slope",)
 
     def __init__(self, config: IDNConfig) -> None:
         super().__init__(config)

@@ -19,6 +19,19 @@ class LoadError(ValueError):
     """A file, state dict or module that is not one of the networks, or not completely."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What `load` made a network from. `fields` says for each field of the configuration who decided it: "file" (keys,
+    shapes and what a file holds beside its tensors), "module" (an attribute of one), "hint", "assumed" (nobody said it)
+    or "definition" (the network has no other value). `sha256` is that of the file which a normal form was made from."""
+
+    source: str
+    format: str
+    variant: str
+    fields: Mapping[str, str]
+    sha256: str | None = None
+
+
 class Network(nn.Module):
     """A network with the authors' parameter names and the authors' forward.
 
@@ -28,8 +41,10 @@ class Network(nn.Module):
         dialects: dialect name -> keys that a state dict of that dialect holds and no other network's does.
             The first dialect is the authors' own, which is the module's.
         hints: fields of Config that no file can say; `load(..., field=value)` sets them.
+        fixed: fields of Config that neither a file nor a hint changes.
         colour: "rgb" or "y", what the images are (BT.601 luma as MATLAB's rgb2ycbcr gives it, scaled to value_range).
 
+    `origin` is what `load` made it from; None for a network that was created.
     Networks that upscale images have `scales` and `value_range`; for the others (discriminators, feature networks)
     `scales` is empty.
     """
@@ -38,7 +53,9 @@ class Network(nn.Module):
     Config: ClassVar[type]
     dialects: ClassVar[dict[str, tuple[str, ...]]]
     hints: ClassVar[tuple[str, ...]] = ()
+    fixed: ClassVar[tuple[str, ...]] = ()
     colour: ClassVar[str] = "rgb"
+    origin: Origin | None = None
 
     def __init__(self, config: Any) -> None:
         super().__init__()
