@@ -12,10 +12,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastsr.checkpoints import caffe, pytorch, safetensors, tensorflow
+from fastsr.checkpoints import caffe, npz, pytorch, safetensors, tensorflow, torch7
 from fastsr.checkpoints.errors import CheckpointError, opened
 
-FORMATS: tuple[ModuleType, ...] = (safetensors, tensorflow, pytorch, caffe)
+FORMATS: tuple[ModuleType, ...] = (safetensors, tensorflow, pytorch, npz, torch7, caffe)
 """The readers, in the order in which `matches` is asked: whoever has no magic number comes last."""
 
 

@@ -70,20 +70,22 @@ def read(path: Path) -> Content:
     """
     with opened(path) as data:
         if data[:1] in (b"3", b"4"):
-            root = _Parser(_Ascii(data)).run()
-        else:
+            return _parameters(_Ascii(data))
+        try:
+            return _parameters(_Binary(data, "<q"))
+        except CheckpointError as error:
             try:
-                root = _Parser(_Binary(data, "<q")).run()
-            except CheckpointError as error:
-                try:
-                    root = _Parser(_Binary(data, "<i")).run()
-                except CheckpointError:
-                    raise error from None
-        content = Content()
-        _collect(root, content)
-        if not content:
-            raise CheckpointError("neither a network with parameters nor a table of tensors; expected a trained model")
-        return content
+                return _parameters(_Binary(data, "<i"))
+            except CheckpointError:
+                raise error from None
+
+
+def _parameters(source: _Binary) -> Content:
+    content = Content()
+    _collect(_Parser(source).run(), content)
+    if not content:
+        raise CheckpointError("neither a network with parameters nor a table of tensors; expected a trained model")
+    return content
 
 
 # Bytes.

@@ -9,7 +9,8 @@ Three forms of one network, whose keys differ:
 * `rdn_original`, the authors' Torch7 code (yulunzhang/RDN): RGB in 0..255; the upsampler works in G0 channels, the
   blocks may have a width of their own, the colour mean is taken off first and added last, and there are x8 and x1 (no
   upsampler) too. Restated from the authors' code, and not proved: there is no output of it to compare with. Keys are
-  those of `rdn`, between `subMean` and `addMean` (`.weight`, `.bias` of 1x1 convolutions).
+  those of `rdn`, between `subMean` and `addMean` (`.weight`, `.bias` of 1x1 convolutions). Their `.t7` files are read
+  by the order of the model's parameters.
 """
 
 from __future__ import annotations
@@ -250,13 +251,40 @@ class RDNOriginal(RDN):
 
     name = "rdn_original"
     Config: type = RDNOriginalConfig
-    dialects = {"edsr": ("subMean.weight", *RDN.dialects["edsr"])}
+    dialects = {"edsr": ("subMean.weight", *RDN.dialects["edsr"]), "torch7": ("modules.1.weight", "modules.1.bias")}
     mean_shift = True
 
     def __init__(self, config: RDNOriginalConfig) -> None:
         super().__init__(config)
         self.subMean = MeanShift(config.mean, -1, config.rgb_range)
         self.addMean = MeanShift(config.mean, +1, config.rgb_range)
+
+    @classmethod
+    def detect(cls, state: State) -> str | None:
+        """As for every network; a Torch7 model is this one if it begins and ends with a 1x1 convolution of colours."""
+        dialect = super(RDN, cls).detect(state)
+        if dialect != "torch7":
+            return dialect
+        first, *_, last = [t.shape for key, t in state.items() if key.endswith(".weight")] * 2
+        return dialect if first == last == (first[0], first[0], 1, 1) else None
+
+    @classmethod
+    def convert(cls, state: State, dialect: str) -> State:
+        """The keys are the module's own, or paths in a Torch7 model, whose order is that of the layers."""
+        if dialect == "edsr":
+            return state
+        paths = list(dict.fromkeys(key.rpartition(".")[0] for key in state))
+        pointwise = [state[f"{path}.weight"].shape[-1] == 1 for path in paths]
+        if sum(pointwise) < 4:
+            raise ValueError(f"it has {sum(pointwise)} convolutions of 1x1 instead of 4 or more")
+        blocks, layers = sum(pointwise) - 3, pointwise.index(True, 1) - 3  # but for both ends and the fusion of blocks
+        names = ["subMean", "SFENet1", "SFENet2"]
+        for d in range(blocks):
+            names += [*(f"RDBs.{d}.convs.{c}.conv.0" for c in range(layers)), f"RDBs.{d}.LFF"]
+        names += ["GFF.0", "GFF.1"]
+        names += [f"UPNet.{2 * i}" for i in range(len(paths) - len(names) - 1)] + ["addMean"]
+        own = dict(zip(paths, names))
+        return {f"{own[path]}.{part}": t for key, t in state.items() for path, _, part in [key.rpartition(".")]}
 
     @classmethod
     def config_from(cls, state: State, dialect: str, hints: Mapping[str, Any]) -> RDNOriginalConfig:

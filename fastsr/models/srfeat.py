@@ -2,6 +2,9 @@
 
 S.-J. Park, H. Son, S. Cho, K.-S. Hong, S. Lee, ECCV 2018. Weights: HyeongseokSon1/SRFeat, TensorFlow; the keys here
 are its variables by their place in the figure, only transposed. Input and output: RGB in -1..1, x4.
+The authors' files are TensorLayer's: `.npz` with the list `params` of a network's arrays, in the order in which its
+layers were made, convolutions as (height, width, in, out), dense layers as (in, out), batch normalisation as shift,
+scale, mean and variance. VGG19 comes as `vgg19.npy`, a dict of lists [weight, bias].
 Tested variants: the generator, the image and the feature discriminator, and the VGG19 features they and the perceptual
 loss look at.
 """
@@ -58,6 +61,25 @@ def without_counters(state: State) -> State:
     return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
+BATCH_NORM = ("bias", "weight", "running_mean", "running_var")  # in TensorLayer's order
+
+
+def listed(state: State) -> list[Tensor]:
+    """The arrays of TensorLayer's list, in its order; none if the state dict is something else."""
+    keys = [f"params.{i}" for i in range(len(state))]
+    return [state[k] for k in keys] if all(k in state for k in keys) else []
+
+
+def ranks(state: State) -> str:
+    """The number of axes of each array in TensorLayer's list: 4 for a convolution, 2 for a dense layer, else 1."""
+    return "".join(str(array.dim()) for array in listed(state))
+
+
+def from_tensorflow(array: Tensor) -> Tensor:
+    """A convolution's kernel or a dense layer's matrix with the output in front; anything else as it is."""
+    return array.permute(3, 2, 0, 1) if array.dim() == 4 else array.t() if array.dim() == 2 else array
+
+
 @dataclass(frozen=True)
 class SRFeatConfig:
     """scale: 2, 4 or 8, a doubling for each upsampling layer. kernel: of the first convolution."""
@@ -95,7 +117,10 @@ class SRFeat(Network):
 
     name = "srfeat"
     Config = SRFeatConfig
-    dialects = {"tensorflow": ("conv_in.weight", "blocks.0.bn1.running_mean", "up1.weight", "conv_out.weight")}
+    dialects = {
+        "tensorflow": ("conv_in.weight", "blocks.0.bn1.running_mean", "up1.weight", "conv_out.weight"),
+        "tensorlayer": ("params.0",),
+    }
 
     def __init__(self, config: SRFeatConfig) -> None:
         super().__init__(config)
@@ -109,9 +134,28 @@ class SRFeat(Network):
         self.conv_out = ConvAct(f, config.channels)
 
     @classmethod
+    def detect(cls, state: State) -> str | None:
+        """As for every network; TensorLayer's list has no names, but the axes of its arrays follow each other so only
+        in the generator."""
+        dialect = super().detect(state)
+        mine = dialect != "tensorlayer" or re.fullmatch(r"41(4111141111)+4*(41){2,}", ranks(state))
+        return dialect if mine else None
+
+    @classmethod
     def convert(cls, state: State, dialect: str) -> State:
-        """The keys are the module's own."""
-        return without_counters(state)
+        """The keys are the module's own, or the place in TensorLayer's list: the 1x1 convolutions come after all
+        blocks, because the sum at the end is where they join its list of parameters."""
+        if dialect == "tensorflow":
+            return without_counters(state)
+        blocks, ups = ranks(state).count("4111141111"), len(re.findall("(?=4141)", ranks(state)))
+        names = ["conv_in.weight", "conv_in.bias"]
+        for i in range(blocks):
+            for n in (1, 2):
+                names += [f"blocks.{i}.conv{n}.weight", *(f"blocks.{i}.bn{n}.{part}" for part in BATCH_NORM)]
+        names += [f"skips.{i}.weight" for i in range(blocks - 1)]
+        names += [f"up{i + 1}.{part}" for i in range(ups) for part in ("weight", "bias")]
+        names += ["conv_out.weight", "conv_out.bias"]
+        return {name: from_tensorflow(array) for name, array in zip(names, listed(state))}
 
     @classmethod
     def config_from(cls, state: State, dialect: str, hints: Mapping[str, Any]) -> SRFeatConfig:
@@ -165,7 +209,10 @@ class SRFeatDiscriminator(Network):
 
     name = "srfeat_discriminator"
     Config = DiscriminatorConfig
-    dialects = {"tensorflow": ("conv0.weight", "conv1.weight", "bn1.running_mean", "fc1.weight", "fc2.weight")}
+    dialects = {
+        "tensorflow": ("conv0.weight", "conv1.weight", "bn1.running_mean", "fc1.weight", "fc2.weight"),
+        "tensorlayer": ("params.0",),
+    }
 
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__(config)
@@ -178,9 +225,22 @@ class SRFeatDiscriminator(Network):
         self.fc2 = nn.Linear(config.hidden, 1)
 
     @classmethod
+    def detect(cls, state: State) -> str | None:
+        """As for every network; of TensorLayer's lists, those whose arrays have the axes of this chain of layers."""
+        dialect = super().detect(state)
+        mine = dialect != "tensorlayer" or re.fullmatch(r"41(411111)+2121", ranks(state))
+        return dialect if mine else None
+
+    @classmethod
     def convert(cls, state: State, dialect: str) -> State:
-        """The keys are the module's own."""
-        return without_counters(state)
+        """The keys are the module's own, or the place in TensorLayer's list."""
+        if dialect == "tensorflow":
+            return without_counters(state)
+        names = ["conv0.weight", "conv0.bias"]
+        for i in range(1, ranks(state).count("4")):
+            names += [f"conv{i}.weight", f"conv{i}.bias", *(f"bn{i}.{part}" for part in BATCH_NORM)]
+        names += ["fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"]
+        return {name: from_tensorflow(array) for name, array in zip(names, listed(state))}
 
     @classmethod
     def config_from(cls, state: State, dialect: str, hints: Mapping[str, Any]) -> DiscriminatorConfig:
@@ -238,7 +298,7 @@ class SRFeatVGG(Network):
 
     name = "srfeat_vgg19"
     Config = VGGConfig
-    dialects = {"caffe": ("conv1_1.weight", "conv1_1.bias")}
+    dialects = {"caffe": ("conv1_1.weight", "conv1_1.bias"), "numpy": ("conv1_1.0", "conv1_1.1")}
 
     def __init__(self, config: VGGConfig) -> None:
         super().__init__(config)
@@ -247,6 +307,15 @@ class SRFeatVGG(Network):
             for i in range(1, depth + 1):
                 setattr(self, f"conv{block}_{i}", nn.Conv2d(last, width, 3, padding=1))
                 last = width
+
+    @classmethod
+    def convert(cls, state: State, dialect: str) -> State:
+        """The keys are the module's own, or those of `vgg19.npy`, whose dense layers are not needed."""
+        if dialect == "caffe":
+            return state
+        parts = {"0": "weight", "1": "bias"}
+        found = {re.fullmatch(r"(conv\d+_\d+)\.([01])", key): array for key, array in state.items()}
+        return {f"{m[1]}.{parts[m[2]]}": from_tensorflow(array) for m, array in found.items() if m}
 
     @classmethod
     def config_from(cls, state: State, dialect: str, hints: Mapping[str, Any]) -> VGGConfig:
