@@ -328,7 +328,7 @@ class _Collector:
         content, made = Content(), self.value(value, 0)
         if not isinstance(made, dict):
             raise CheckpointError(
-                f"expected a dict of tensors or a module; the file holds {_kind(value)}, which is not executed. "
+                f"expected a dict of tensors or a module; the file holds {_kind(value)}. "
                 "Save the module's state_dict() instead"
             )
         content.update(made)
@@ -465,4 +465,4 @@ def _members(value: Any) -> set[str]:
 
 
 def _kind(value: Any) -> str:
-    return f"an object of {value}" if isinstance(value, Call) else f"a {type(value).__name__}"
+    return f"an object of {value}, which is not executed" if isinstance(value, Call) else f"a {type(value).__name__}"
