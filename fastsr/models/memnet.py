@@ -18,6 +18,8 @@ three input channels is taken as RGB.) Two forms:
       end_bn.<m>                             bn_conv_end_<mm> and scale_conv_end_<mm>
       end_conv                               conv_end_<mm>, shared by all mm
       ensemble (M,)                          weight_output_end_<mm>
+
+  A .caffemodel of these layers loads; none that the authors trained has been seen.
 """
 
 from __future__ import annotations
