@@ -74,7 +74,7 @@ def upscale(
         network = as_network(model)
         scale = check_scale(type(network).__name__, network.scales, scale)
         check_size(height, width, scale)
-        result = _run(network, image, scale, as_segmentation(network, segmentation))
+        result = enlarge(network, image, scale, as_segmentation(network, segmentation))
     if not torch.isfinite(result).all():
         bad = int((~torch.isfinite(result)).sum())
         raise FloatingPointError(
@@ -173,15 +173,16 @@ def _learn(
     return torch.cat([zssr(one, scale, config=config, progress=progress) for one in values.split(1)])
 
 
-def _run(
+def enlarge(
     network: Network, image: np.ndarray | Image.Image | Tensor, scale: int, segmentation: OutdoorSceneSeg | None
 ) -> Tensor:
-    """The result as (N, C, H * scale, W * scale), C as in the image, values 0..1 not clamped, at least float32."""
+    """What `upscale` makes, unchecked and not clamped: (N, C, H * scale, W * scale), C as in the image, values 0..1 and
+    beyond, at least float32. A tensor may hold values beyond 0..1 too."""
     wide = torch.promote_types(network.dtype, torch.float32)  # colour arithmetic in half precision would show
     values = _to_tensor(image, wide).to(network.device)
     low, high = network.value_range
 
-    def enlarge(x: Tensor) -> Tensor:
+    def through(x: Tensor) -> Tensor:
         inputs = {}
         if segmentation is not None:
             seen = condition(segmentation, x.to(segmentation.device, segmentation.dtype))
@@ -193,11 +194,11 @@ def _run(
         gray = values.shape[1] == 1
         if network.colour == "y":
             if gray:
-                return enlarge(values)
+                return through(values)
             ycbcr = rgb_to_ycbcr(values)
             luma, chroma = ycbcr[:, :1], ycbcr[:, 1:]
-            return ycbcr_to_rgb(torch.cat([enlarge(luma), imresize(chroma, scale)], dim=1))
-        return rgb_to_gray(enlarge(values.expand(-1, 3, -1, -1))) if gray else enlarge(values)
+            return ycbcr_to_rgb(torch.cat([through(luma), imresize(chroma, scale)], dim=1))
+        return rgb_to_gray(through(values.expand(-1, 3, -1, -1))) if gray else through(values)
 
 
 @contextlib.contextmanager
