@@ -150,6 +150,11 @@ class ESRGAN(Network):
             x = getattr(self, f"upconv{n}")(x)
         return self.conv_last(self.HRconv(x))
 
+    @property
+    def multiple(self) -> int:
+        """The factor of the pixel-unshuffle."""
+        return self.config.unshuffle
+
     def super_resolve(self, x: Tensor, scale: int) -> Tensor:
         h, w = x.shape[-2:]
         return self(pad_to_multiple(x, self.config.unshuffle))[..., : h * scale, : w * scale]

@@ -43,6 +43,7 @@ class Network(nn.Module):
         hints: fields of Config that no file can say; `load(..., field=value)` sets them.
         fixed: fields of Config that neither a file nor a hint changes.
         colour: "rgb" or "y", what the images are (BT.601 luma as MATLAB's rgb2ycbcr gives it, scaled to value_range).
+        split: a part of the network has to see the whole image: it is `local_part` of `global_part`.
 
     `origin` is what `load` made it from; None for a network that was created.
     Networks that upscale images have `scales` and `value_range`; for the others (discriminators, feature networks)
@@ -55,6 +56,7 @@ class Network(nn.Module):
     hints: ClassVar[tuple[str, ...]] = ()
     fixed: ClassVar[tuple[str, ...]] = ()
     colour: ClassVar[str] = "rgb"
+    split: ClassVar[bool] = False
     origin: Origin | None = None
 
     def __init__(self, config: Any) -> None:
@@ -106,6 +108,21 @@ class Network(nn.Module):
         (interpolating first, padding to a multiple, completing a border).
         """
         return self(x)
+
+    @property
+    def multiple(self) -> int:
+        """The side of the cells that `super_resolve` folds into channels; parts of an image begin at its multiples."""
+        return 1
+
+    def global_part(self, x: Tensor) -> Tensor:
+        """Of a network that is `split`, all that depends on every pixel of the image, as averages over it do:
+        x as in `super_resolve` -> (N, F, ceil(H / multiple), ceil(W / multiple))."""
+        raise NotImplementedError(f"{type(self).__name__} is not split")
+
+    def local_part(self, features: Tensor, scale: int) -> Tensor:
+        """Of a network that is `split`, the rest, which sees no further than a few pixels: the result of `global_part`,
+        or a part cut out of it, enlarged `multiple * scale` times."""
+        raise NotImplementedError(f"{type(self).__name__} is not split")
 
     @property
     def parameter_count(self) -> int:

@@ -132,6 +132,7 @@ class RCAN(Network):
         "unshuffled": ("head.1.weight", "body.0.body.0.body.3.conv_du.0.weight", "tail.1.weight"),
     }
     hints = ("rgb_range", "input_gain")
+    split = True
 
     def __init__(self, config: RCANConfig) -> None:
         super().__init__(config)
@@ -185,7 +186,18 @@ class RCAN(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W), in the authors' files RGB in 0..255 -> (N, C, H * scale, W * scale) in the same range."""
-        gain, r, (h, w) = self.config.input_gain, self.config.unshuffle, x.shape[-2:]
+        h, w = x.shape[-2:]
+        y = self.local_part(self.global_part(x), self.config.scale)
+        return y[..., : h * self.config.scale, : w * self.config.scale]
+
+    @property
+    def multiple(self) -> int:
+        """The factor of the pixel-unshuffle."""
+        return self.config.unshuffle
+
+    def global_part(self, x: Tensor) -> Tensor:
+        """Everything at the image's size: each block's gate is an average over all of it."""
+        gain, r = self.config.input_gain, self.config.unshuffle
         x = x if gain == 1 else x * gain
         x = pad_to_multiple(x, r)
         x = self.sub_mean(x) if self.config.mean else x
@@ -195,11 +207,13 @@ class RCAN(Network):
         y = skip
         for group in groups:
             y = group(y)
-        y = last(y, skip=skip)
-        y = self.tail["1"](chain(self.tail["0"], y))
+        return last(y, skip=skip)
+
+    def local_part(self, features: Tensor, scale: int) -> Tensor:
+        """The upsampler."""
+        y = self.tail["1"](chain(self.tail["0"], features))
         y = self.add_mean(y) if self.config.mean else y
-        y = y if gain == 1 else y / gain
-        return y[..., : h * self.config.scale, : w * self.config.scale]
+        return y if self.config.input_gain == 1 else y / self.config.input_gain
 
 
 # BasicSR's form.
@@ -250,6 +264,7 @@ class RCANBasicSR(Network):
     Config = RCANBasicSRConfig
     dialects = {"basicsr": ("conv_first.weight", "body.0.residual_group.0.rcab.0.weight", "conv_last.weight")}
     hints = ("img_range", "res_scale", "rgb_mean")
+    split = True
 
     def __init__(self, config: RCANBasicSRConfig) -> None:
         super().__init__(config)
@@ -289,9 +304,16 @@ class RCANBasicSR(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W) RGB in 0..1 -> (N, C, H * scale, W * scale) in the same range."""
+        return self.local_part(self.global_part(x), self.config.scale)
+
+    def global_part(self, x: Tensor) -> Tensor:
+        """Everything at the image's size: each block's gate is an average over all of it."""
         range_, mean = self.config.img_range, x.new_tensor(self.config.rgb_mean)
         # (x - mean) * range on load, so that the zero padding stays zero
         skip = self.conv_first(x, pre_scale=torch.full_like(mean, range_), pre_shift=-mean * range_)
-        y = self.conv_after_body(chain(self.body, skip), skip=skip)
-        y = self.conv_last(chain(self.upsample, y), gain=1 / range_)
-        return y + mean[:, None, None]
+        return self.conv_after_body(chain(self.body, skip), skip=skip)
+
+    def local_part(self, features: Tensor, scale: int) -> Tensor:
+        """The upsampler."""
+        y = self.conv_last(chain(self.upsample, features), gain=1 / self.config.img_range)
+        return y + y.new_tensor(self.config.rgb_mean)[:, None, None]
