@@ -69,6 +69,8 @@ class TrainConfig:
             if not condition:
                 raise ValueError(f"{name}: expected {expectation}; got {getattr(self, name)!r}")
 
+        need(isinstance(self.data, str), "data", "the path of a folder")
+        need(isinstance(self.output, str), "output", "the path of a folder")
         need(isinstance(self.network, dict) and "name" in self.network, "network", 'an object with a "name"')
         for name in ("steps", "patch", "batch", "log_every", "checkpoint_every"):
             need(_whole(getattr(self, name)) and getattr(self, name) >= 1, name, "a whole number, at least 1")
@@ -88,16 +90,29 @@ class TrainConfig:
             len(self.losses) > 0 and all(isinstance(entry, dict) and "name" in entry for entry in self.losses),
             "losses", 'a list of at least one object with a "name"',
         )  # fmt: skip
-        known = SCHEDULES.get(self.schedule.get("name")) if isinstance(self.schedule, dict) else None
-        need(known is not None, "schedule", f'an object with a "name" among {", ".join(SCHEDULES)}')
-        unknown = [k for k in self.schedule if k not in ("name", *(known or ()))]
-        need(not unknown, "schedule", f"of the settings {', '.join(known or ())} only what is known")
-        need(
-            self.schedule["name"] != "multistep" or bool(self.schedule.get("milestones")),
-            "schedule", 'a list "milestones" of steps for multistep',
-        )  # fmt: skip
+        _check_schedule(self.schedule)
         need(self.validate_every == 0 or self.holdout > 0 or self.validation is not None, "validate_every",
              "0, or images to validate on: a folder `validation` or a number `holdout`")  # fmt: skip
+
+
+def _check_schedule(schedule: Any) -> None:
+    name = schedule.get("name") if isinstance(schedule, dict) else None
+    if name not in SCHEDULES:
+        raise ValueError(f'schedule: expected an object with a "name" among {", ".join(SCHEDULES)}; got {schedule!r}')
+    unknown = [k for k in schedule if k not in ("name", *SCHEDULES[name])]
+    if unknown:
+        raise ValueError(f"schedule: {name} has the settings {', '.join(SCHEDULES[name])}; got {', '.join(unknown)}")
+    warmup, milestones, gamma = schedule.get("warmup", 0), schedule.get("milestones", []), schedule.get("gamma", 0.5)
+    if not _whole(warmup) or warmup < 0:
+        raise ValueError(f"schedule: warmup: expected a whole number of steps, at least 0; got {warmup!r}")
+    if (
+        not isinstance(milestones, list)
+        or not all(map(_whole, milestones))
+        or (name == "multistep") != bool(milestones)
+    ):
+        raise ValueError(f"schedule: milestones: expected a list of at least one step; got {milestones!r}")
+    if not _number(gamma) or gamma <= 0:
+        raise ValueError(f"schedule: gamma: expected a positive number; got {gamma!r}")
 
 
 def rate(config: TrainConfig, step: int) -> float:

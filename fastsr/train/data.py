@@ -89,8 +89,8 @@ class Patches:
             for scale, low in example.low.items():
                 if min(low.shape[:2]) < patch:
                     raise ValueError(
-                        f"{example.name}: {low.shape[1]}x{low.shape[0]} at a {scale}th of its size is smaller than a "
-                        f"patch of {patch}; leave it out or choose a smaller patch"
+                        f"{example.name}: shrunk by {scale} to {low.shape[1]}x{low.shape[0]} it is less than a patch "
+                        f"of {patch}; leave it out or choose a smaller patch"
                     )
 
     def step(self, number: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor, int]:

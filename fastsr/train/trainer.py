@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import math
@@ -27,6 +28,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+import fastsr
+from fastsr.checkpoints.normal import Normal, plain
 from fastsr.image.colour import rgb_to_y
 from fastsr.image.io import write_atomically
 from fastsr.image.metrics import psnr
@@ -112,17 +115,15 @@ class Trainer:
         trained = [p for p in self.network.parameters() if p.requires_grad]
         self.optimizer = torch.optim.Adam(trained, lr=config.learning_rate, betas=config.betas)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "float16")
-        self.average = None if config.ema is None else Average(self.network, config.ema)
-        self.parallel: nn.Module = _Enlarge(self.network)
-        if self.world > 1:
-            self.parallel = nn.parallel.DistributedDataParallel(
-                self.parallel, find_unused_parameters=len(self.network.scales) > 1
-            )  # a multi-scale network's other heads take no part in a step
         self.step = 0
         self.seconds = 0.0
         self.collected: list[float] = []
-        if resume and self.checkpoint.exists():
+        self.average = None if config.ema is None else Average(self.network, config.ema)
+        if self.checkpoint.exists():
             self._restore()
+        self.parallel: nn.Module = _Enlarge(self.network)
+        if self.world > 1:  # a multi-scale network's other heads take no part in a step
+            self.parallel = nn.parallel.DistributedDataParallel(self.parallel, find_unused_parameters=True)
         self.patches, self.validation = self._data()
 
     def run(self, report: Callable[[str], None] | None = None) -> None:
@@ -199,7 +200,7 @@ class Trainer:
         return made
 
     def save(self) -> None:
-        """Writes `last.pt` and `weights.safetensors`."""
+        """Writes `weights.safetensors`, in the normal form, and `last.pt`."""
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -214,9 +215,17 @@ class Trainer:
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
-        write_atomically(self.checkpoint, buffer.getbuffer())
+        said = Normal(
+            network=self.network.name,
+            variant=next(iter(self.network.dialects)),
+            config=plain(dataclasses.asdict(self.network.config)),
+            source_sha256=hashlib.sha256(buffer.getbuffer()).hexdigest(),
+            fastsr_version=fastsr.__version__,
+        )
         values = self.network.state_dict() if self.average is None else self.average.values
-        write_atomically(self.output / "weights.safetensors", save({k: v.contiguous() for k, v in values.items()}))
+        weights = save({k: v.contiguous().cpu() for k, v in values.items()}, said.metadata())
+        write_atomically(self.output / "weights.safetensors", weights)
+        write_atomically(self.checkpoint, buffer.getbuffer())  # last: what it stands for is then there
 
     def _restore(self) -> None:
         state = torch.load(self.checkpoint, map_location=self.device, weights_only=True)
@@ -227,8 +236,8 @@ class Trainer:
         except (RuntimeError, ValueError) as error:
             raise ValueError(f"{self.checkpoint}: belongs to another network or other losses: {error}") from error
         self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None:
-            self.average.values = state["average"] or self.average.values
+        if self.average is not None:  # a run that goes on with an average it did not have starts it from its weights
+            self.average.values = state["average"] or Average(self.network, self.average.decay).values
         self.step, self.seconds, self.collected = state["step"], state["seconds"], state["collected"]
         torch.set_rng_state(state["random"].cpu())
         if state["random_cuda"] is not None and self.device.type == "cuda":
@@ -239,6 +248,8 @@ class Trainer:
         name = shape.pop("name")
         shape = {k: tuple(v) if isinstance(v, list) else v for k, v in shape.items()}
         network = create(name, **shape) if self.config.initial is None else load(self.config.initial, **shape)
+        if network.name != name:
+            raise ValueError(f"initial: {self.config.initial} holds {network.name}; network says {name}")
         if not network.scales:
             raise ValueError(f"network: expected one that enlarges images; got {name}")
         return network
@@ -291,7 +302,7 @@ class Trainer:
 
 
 class _Logs:
-    """`steps.csv` and `validation.csv`, and TensorBoard's files if wanted; rows of steps to be done again are dropped."""
+    """`steps.csv`, `validation.csv` and, if wanted, TensorBoard's files; rows of steps to be done again are dropped."""
 
     def __init__(self, folder: Path, step: int, tensorboard: bool, active: bool) -> None:
         self.active, self.folder, self.writer = active, folder, None
