@@ -66,7 +66,7 @@ def matches(data: memoryview) -> bool:
 
 def read(path: Path) -> Content:
     """The dict in the file, or the state dict of the module in it: tensors on the CPU, dicts in it as dicts, texts and
-    numbers; all else is left out. Numbers among a module's attributes are `hints`, the first of each name.
+    numbers; all else is left out. What numbers a module's attributes hold are `hints`, the first of each name.
 
     Raises CheckpointError if the file is damaged, hostile, or holds neither.
     """
@@ -321,7 +321,7 @@ class _Collector:
         self.resolve, self.budget, self.visits = resolve, Budget(SHARING * size), 0
         self.arrays = Budget(size)
         self.made: dict[int, Any] = {}
-        self.hints: dict[str, int | float] = {}
+        self.hints: dict[str, Any] = {}
 
     def content(self, value: Any) -> Content:
         value = self.unwrapped(value)
@@ -427,11 +427,12 @@ class _Collector:
                 self.module(child, f"{prefix}{name}.", state, depth + 1)
 
     def hint(self, attributes: dict[Any, Any]) -> None:
-        """Keeps the numbers among attributes whose names are not known yet."""
+        """Keeps numbers, truth values and short tuples of numbers among attributes, unless their name is known."""
         self.visit(0, len(attributes))
         for name, value in attributes.items():
-            number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if number and isinstance(name, str) and not name.startswith("_"):
+            parts = value if isinstance(value, tuple) and 0 < len(value) <= 4 else (value,)
+            plain = all(isinstance(part, (int, float)) for part in parts)
+            if plain and isinstance(name, str) and not name.startswith("_"):
                 self.hints.setdefault(name, value)
 
 
