@@ -76,9 +76,10 @@ def test_numpy_images_keep_their_levels_in_every_value_range(colour, gray, extre
 
 def test_pil_images_keep_mode_and_colour_profile(colour, gray):
     image = Image.fromarray(colour)
-    image.info["icc_profile"] = b"a profile"
+    image.info.update(icc_profile=b"a profile", exif=b"exif data", dpi=(300, 300), comment=b"not kept")
     result = fastsr.upscale(image, Nearest(), scale=2)
-    assert result.mode == "RGB" and result.info["icc_profile"] == b"a profile"
+    assert result.mode == "RGB"
+    assert result.info == {"icc_profile": b"a profile", "exif": b"exif data", "dpi": (300, 300)}
     np.testing.assert_array_equal(np.asarray(result), _repeated(colour, 2))
     assert fastsr.upscale(Image.fromarray(gray), Nearest(), scale=2).mode == "L"
 
@@ -127,6 +128,91 @@ def test_levels_are_clamped_and_rounded_halves_up(add, expected):
     np.testing.assert_array_equal(result[0, ::2], expected)
 
 
+def test_sixteen_bits_stay_sixteen():
+    deep = np.random.default_rng(2).integers(0, 65536, (5, 7, 3), dtype=np.uint16)
+    for pixels in (deep, deep[..., 0]):
+        result = fastsr.upscale(pixels, Nearest(extremes=(-1.0, 1.0)), scale=2)
+        assert result.dtype == np.uint16
+        np.testing.assert_array_equal(result, _repeated(pixels, 2))
+    for mode in ("I;16", "I;16B"):
+        image = Image.frombytes(mode, (7, 5), deep[..., 0].astype("<u2" if mode == "I;16" else ">u2").tobytes())
+        made = fastsr.upscale(image, Nearest(), scale=2)
+        assert made.mode == "I;16"
+        np.testing.assert_array_equal(np.asarray(made), _repeated(deep[..., 0], 2))
+
+
+def test_palettes_and_single_bits_become_colours(colour, gray):
+    palette = Image.fromarray(colour).quantize(8)
+    made = fastsr.upscale(palette, Nearest(), scale=2)
+    assert made.mode == "RGB"
+    np.testing.assert_array_equal(np.asarray(made), _repeated(np.asarray(palette.convert("RGB")), 2))
+    palette.info["transparency"] = 0
+    made = fastsr.upscale(palette, Nearest(), scale=2)
+    assert made.mode == "RGBA"
+    np.testing.assert_array_equal(np.asarray(made)[..., 3] == 0, _repeated(np.asarray(palette) == 0, 2))
+    made = fastsr.upscale(Image.fromarray(gray > 99), Nearest(), scale=2)
+    assert made.mode == "L"
+    np.testing.assert_array_equal(np.asarray(made), _repeated((gray > 99) * np.uint8(255), 2))
+
+
+def test_a_scale_between_those_of_the_network_is_resized_from_the_next_larger(colour):
+    values = torch.from_numpy(colour / 255).permute(2, 0, 1)[None]
+    larger = values.repeat_interleave(3, 2).repeat_interleave(3, 3)
+    expected = imresize(larger, 2.5 / 3, shape=(13, 18)).clamp(0, 1)  # 12.5 and 17.5 rounded up, as imresize does
+    torch.testing.assert_close(fastsr.upscale(values, Nearest().double(), scale=2.5), expected)
+    result = fastsr.upscale(colour, Nearest(), scale=2.5)
+    assert np.abs(result - expected[0].permute(1, 2, 0).numpy() * 255).max() < 0.51
+    assert fastsr.upscale(colour, Nearest(), scale=1).shape == colour.shape
+
+
+class Cubic(Nearest):
+    """Linear, and it mixes neighbours."""
+
+    def super_resolve(self, x, scale):
+        return imresize(x, scale) + self.add
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [2, 4])
+def test_alpha_gets_no_dark_fringes(dtype, channels):
+    peak = np.iinfo(dtype).max
+    red = np.array([200, 30, 60, 255][-channels:]) * (peak // 255)
+    image = np.zeros((12, 12, channels), dtype)  # transparent black
+    image[3:9, 3:9] = red
+    image[5, 5, -1] = peak // 2
+    result = fastsr.upscale(image, Cubic(), scale=3).astype(np.int64)
+    alpha = result[..., -1]
+    sure = alpha > peak // 50  # where alpha is nearly nothing, so is the precision of a quotient by it
+    assert (np.abs(result - red)[..., :-1][sure] <= peak // 100).all()
+    assert (result[alpha == 0] == 0).all()
+    assert set(np.unique(alpha[:3])) == {0} and ((alpha > 0) & (alpha < peak)).any()
+    naive = fastsr.upscale(image[..., 0].copy(), Cubic(), scale=3).astype(np.int64)
+    assert np.abs(naive - red[0])[sure].max() > peak // 6  # what the fringe would have been
+
+
+def test_flat_alpha_stays_exact(colour):
+    network = Cubic(add=-0.02)  # not even white stays white
+    for level in (255, 77, 0):
+        image = np.dstack([colour, np.full(colour.shape[:2], level, np.uint8)])
+        result = fastsr.upscale(image, network, scale=2)
+        assert (result[..., 3] == level).all()
+        np.testing.assert_array_equal(result[..., :3], fastsr.upscale(colour, network, scale=2))
+    image = np.full((20, 20, 4), 255, np.uint8)
+    image[:, 10:, 3] = 0
+    alpha = fastsr.upscale(image, network, scale=2)[..., 3]
+    assert (alpha[:, :16] == 255).all() and (alpha[:, 24:] == 0).all()
+
+
+def test_infinite_alpha_raises(colour):
+    class Bad(Cubic):
+        def super_resolve(self, x, scale):
+            y = super().super_resolve(x, scale)
+            return y / 0 if (x[:, 0] == x[:, 1]).all() else y
+
+    with pytest.raises(FloatingPointError, match="not finite"):
+        fastsr.upscale(np.dstack([colour, colour[..., 0]]), Bad(), scale=2)
+
+
 def test_modes_of_the_network_are_restored(gray):
     network = Nearest().train()
     network.inner = torch.nn.Dropout().eval()
@@ -146,8 +232,10 @@ def test_scales(gray):
     with pytest.raises(ValueError, match="choose one"):
         fastsr.upscale(gray, Nearest())
     assert fastsr.upscale(gray, Nearest(factors=(3,))).shape == (15, 21)
-    with pytest.raises(ValueError, match="only the scale 3, got 2"):
-        fastsr.upscale(gray, Nearest(factors=(3,)), scale=2)
+    with pytest.raises(ValueError, match="only the scale 3, got 4"):
+        fastsr.upscale(gray, Nearest(factors=(3,)), scale=4)
+    with pytest.raises(ValueError, match="got 0.9"):
+        fastsr.upscale(gray, Nearest(), scale=0.9)
     with pytest.raises(TypeError, match="enlarges images"):
         fastsr.upscale(gray, Nearest(factors=()))
 
@@ -155,11 +243,13 @@ def test_scales(gray):
 @pytest.mark.parametrize(
     ("image", "error", "message"),
     [
-        (np.zeros((4, 4, 4), np.uint8), ValueError, r"uint8 \(H, W\) or \(H, W, 3\), got uint8 \(4, 4, 4\)"),
+        (np.zeros((4, 4, 5), np.uint8), ValueError, r"2 to 4 channels, got uint8 \(4, 4, 5\)"),
+        (np.zeros((4, 4), ">u2"), ValueError, "got >u2"),
         (np.zeros((4, 4), np.float32), ValueError, "got float32"),
         (np.zeros((0, 4), np.uint8), ValueError, "at least one pixel, got 0x4"),
-        (Image.new("RGBA", (4, 4)), ValueError, "got mode RGBA"),
-        (Image.new("I;16", (4, 4)), ValueError, "got mode I;16"),
+        (Image.new("CMYK", (4, 4)), ValueError, "CMYK.*with that profile"),
+        (Image.new("F", (4, 4)), ValueError, "got mode F"),
+        (Image.new("I", (4, 4)), ValueError, "got mode I;"),
         (torch.zeros(3, 4, 4), ValueError, r"\(N, C, H, W\)"),
         (torch.zeros(1, 2, 4, 4), ValueError, "1 or 3 channels"),
         (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), ValueError, "floating-point"),
@@ -298,6 +388,7 @@ def test_unreadable_files_are_named(tmp_path, colour):
     Image.new("RGBA", (4, 4)).save(tmp_path / "alpha.png")
     with pytest.raises(ValueError, match=r"alpha.png: .*RGBA"):
         io.read_image(tmp_path / "alpha.png")
+    assert io.read(tmp_path / "alpha.png").pixels.shape == (4, 4, 4)
 
 
 def test_extensions_and_sizes_are_checked(tmp_path, gray):

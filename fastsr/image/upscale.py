@@ -1,8 +1,12 @@
-"""From an 8-bit photograph to a larger one: the main job of the package, `fastsr.upscale`.
+"""From a photograph to a larger one: the main job of the package, `fastsr.upscale`.
 
 How pixels go through a network, where papers leave a choice:
 
-* 8-bit results are clamped to 0..255 and rounded to the nearest integer, halves up.
+* 8-bit results are clamped to 0..255 and rounded to the nearest integer, halves up; 16-bit ones likewise to 0..65535.
+* A scale that the network has not: the next larger one that it has, then the cubic `imresize`.
+* Alpha goes through the network as a gray image, and colours premultiplied by it, which are divided by the larger alpha
+  again: so no colour of invisible pixels gets into visible ones, and edges of both coincide. Where alpha is constant
+  around a pixel it stays exactly so, and an image that is equally opaque everywhere takes one pass only.
 * A network of luma (`colour == "y"`) gets MATLAB's BT.601 luma of a colour image, and the chroma is enlarged by the
   cubic `imresize`; a gray image is given to it as it is.
 * A network of RGB gets a gray image as three equal channels, and its output is turned into gray by
@@ -19,12 +23,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
 from fastsr.image import io
 from fastsr.image.colour import rgb_to_gray, rgb_to_ycbcr, ycbcr_to_rgb
-from fastsr.image.resize import imresize
+from fastsr.image.resize import imresize, scaled_shape
 from fastsr.models import Network, load
 from fastsr.models.sftgan import OutdoorSceneSeg, SFTNet, condition
 
@@ -42,19 +47,22 @@ def upscale(
     image: ImageLike,
     model: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str] = ZSSR,
     *,
-    scale: int | None = None,
+    scale: float | None = None,
     segmentation: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     config: ZSSRConfig | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> ImageLike:
-    """Enlarges an image by `scale`; the result is of the same kind and colour type as the input.
+    """Enlarges an image by `scale`; the result is of the same kind, depth and colour type as the input.
 
-    image: NumPy uint8 (H, W) or (H, W, 3); a PIL image of mode L or RGB; or a floating-point tensor (N, C, H, W), C 1
-        or 3, with values 0..1, whose result keeps its dtype and device and is clamped to 0..1.
+    image: NumPy uint8 or uint16, (H, W), (H, W, 3), or with alpha (H, W, 2) and (H, W, 4); a PIL image of mode L, LA,
+        RGB, RGBA or I;16, of a palette (the result is RGB or RGBA) or of one bit (the result is L), whose result keeps
+        `info`'s colour profile, EXIF data and dpi; or a floating-point tensor (N, C, H, W), C 1 or 3, with values 0..1,
+        whose result keeps its dtype and device and is clamped to 0..1.
     model: what `fastsr.load` returns or accepts, which computes on the device and in the dtype of its parameters; or
         "zssr", the network that learns from this one image (`fastsr.train.zssr`), which computes in float32 on the
         device of a tensor, and for other kinds on a CUDA device if there is one.
-    scale: one of `model.scales`; may be left out when there is only one. ZSSR has 2, 3 and 4 and defaults to 2.
+    scale: one of `model.scales`, or any number from 1 to the largest of them: the result then has the size that
+        `imresize` gives. May be left out when the model has only one. ZSSR has 2, 3 and 4 and defaults to 2.
     segmentation: for SFTGAN, and needed by it: the outdoor scene segmentation network, as `fastsr.load` returns or
         accepts it, which says what is where in the image.
     config, progress: settings of ZSSR, and what it calls after every iteration (`fastsr.train.zssr.zssr`).
@@ -65,23 +73,41 @@ def upscale(
     if isinstance(model, str) and model == ZSSR:
         if segmentation is not None:
             raise TypeError("upscale: segmentation is for SFTGAN, not for ZSSR")
-        scale = check_scale("ZSSR", ZSSR_SCALES, ZSSR_SCALES[0] if scale is None else scale)
-        check_size(height, width, scale)
-        result = _learn(_to_tensor(image, torch.float32).to(default_device(image)), scale, config, progress)
+        factor, scale = next_scale("ZSSR", ZSSR_SCALES, ZSSR_SCALES[0] if scale is None else scale)
+        values = _to_tensor(image, torch.float32).to(default_device(image))
+
+        def through(x: Tensor) -> Tensor:
+            return _learn(x, factor, config, progress)
     else:
         if config is not None or progress is not None:
             raise TypeError('upscale: config and progress are for model="zssr"; other networks make one pass')
         network = as_network(model)
-        scale = check_scale(type(network).__name__, network.scales, scale)
-        check_size(height, width, scale)
-        result = enlarge(network, image, scale, as_segmentation(network, segmentation))
-    if not torch.isfinite(result).all():
-        bad = int((~torch.isfinite(result)).sum())
-        raise FloatingPointError(
-            f"upscale: {bad} of {result.numel()} values of the result are not finite; "
-            "use a wider dtype, as in model.float(), or check the weights"
-        )
-    return cast(ImageLike, _from_tensor(result.clamp(0, 1), image))
+        factor, scale = next_scale(type(network).__name__, network.scales, scale)
+        seen = as_segmentation(network, segmentation)
+        # Colour arithmetic in half precision would show.
+        values = _to_tensor(image, torch.promote_types(network.dtype, torch.float32)).to(network.device)
+
+        def through(x: Tensor) -> Tensor:
+            return enlarge(network, x, factor, seen)
+
+    check_size(height, width, factor)
+
+    def resized(x: Tensor) -> Tensor:
+        result = through(x)
+        if not torch.isfinite(result).all():
+            bad = int((~torch.isfinite(result)).sum())
+            raise FloatingPointError(
+                f"upscale: {bad} of {result.numel()} values of the result are not finite; "
+                "use a wider dtype, as in model.float(), or check the weights"
+            )
+        if scale == factor:
+            return result
+        return imresize(result, scale / factor, shape=scaled_shape(height, width, scale))
+
+    with torch.no_grad():
+        peak = 65535 if _is_deep(image) else 255
+        result = resized(values) if values.shape[1] in (1, 3) else _with_alpha(values, resized, smallest=0.5 / peak)
+        return cast(ImageLike, _from_tensor(result.clamp(0, 1), image))
 
 
 def image_size(image: np.ndarray | Image.Image | Tensor) -> tuple[int, int]:
@@ -90,8 +116,12 @@ def image_size(image: np.ndarray | Image.Image | Tensor) -> tuple[int, int]:
         io.check_mode(image)
         width, height = image.size
     elif isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)):
-            raise ValueError(f"image: expected NumPy uint8 (H, W) or (H, W, 3), got {image.dtype} {image.shape}")
+        shaped = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (2, 3, 4))
+        if image.dtype not in (np.uint8, np.uint16) or not shaped:
+            raise ValueError(
+                "image: expected NumPy uint8 or uint16, (H, W) or (H, W, C) with 2 to 4 channels, "
+                f"got {image.dtype} {image.shape}"
+            )
         height, width = image.shape[:2]
     elif isinstance(image, Tensor):
         if not image.is_floating_point() or image.dim() != 4 or image.shape[1] not in (1, 3):
@@ -135,7 +165,7 @@ def as_segmentation(
     return loaded
 
 
-def check_scale(name: str, scales: Sequence[int], scale: int | None) -> int:
+def check_scale(name: str, scales: Sequence[int], scale: float | None) -> int:
     """The scale to use; raises ValueError listing the scales when it is not among them, or left out with several."""
     listed = ", ".join(map(str, scales))
     if scale is None:
@@ -147,6 +177,17 @@ def check_scale(name: str, scales: Sequence[int], scale: int | None) -> int:
             f"scale: {name} has {'the scales' if len(scales) > 1 else 'only the scale'} {listed}, got {scale}"
         )
     return int(scale)
+
+
+def next_scale(name: str, scales: Sequence[int], scale: float | None) -> tuple[int, float]:
+    """(the network's scale to use, the scale of the result): the same, or the former is the next larger one.
+
+    Raises what `check_scale` does, for a scale below 1 or above the largest one.
+    """
+    if scale is not None and scales and scale not in scales and 1 <= scale < max(scales):
+        return min(s for s in scales if s > scale), float(scale)
+    factor = check_scale(name, scales, scale)
+    return factor, factor
 
 
 def check_size(height: int, width: int, scale: int) -> None:
@@ -213,24 +254,50 @@ def _evaluating(network: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _with_alpha(values: Tensor, enlarge: Callable[[Tensor], Tensor], smallest: float) -> Tensor:
+    """(N, C, H, W), the last channel alpha, as the head of this file says. `enlarge` takes one or three channels. Below
+    the alpha `smallest`, all is zero."""
+    colour, alpha = values[:, :-1], values[:, -1:]
+    if bool((alpha == alpha[:, :, :1, :1]).all()):
+        larger = enlarge(colour)
+        return torch.cat([larger, alpha[:, :, :1, :1].to(larger).expand(-1, -1, *larger.shape[2:])], dim=1)
+    larger, covered = enlarge(colour * alpha), enlarge(alpha)
+    low, high = -F.max_pool2d(-alpha, 5, 1, 2), F.max_pool2d(alpha, 5, 1, 2)  # as far as cubic interpolation looks
+    low, high = (F.interpolate(x.to(covered), size=covered.shape[2:], mode="nearest") for x in (low, high))
+    covered = torch.where(low == high, low, covered)
+    visible = covered >= smallest
+    # Not clamped to 1 yet: where alpha overshoots, premultiplied colours do too.
+    return torch.cat([torch.where(visible, larger / covered.clamp(min=smallest), 0), covered * visible], dim=1)
+
+
 def _to_tensor(image: np.ndarray | Image.Image | Tensor, dtype: torch.dtype) -> Tensor:
     """(N, C, H, W) with values 0..1."""
     if isinstance(image, Tensor):
         return image.detach().to(dtype)
-    values = torch.from_numpy(np.array(image))
-    values = values[None, None] if values.dim() == 2 else values.permute(2, 0, 1)[None]
-    return values.contiguous().to(dtype) / 255
+    pixels = io.pixels_of(image) if isinstance(image, Image.Image) else image
+    peak = np.iinfo(pixels.dtype).max
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    # A copy in native byte order; 16 unsigned bits are hardly supported by torch, 32 signed ones hold them.
+    pixels = np.array(pixels, np.int32 if peak > 255 else np.uint8).transpose(2, 0, 1)[None]
+    return torch.from_numpy(np.ascontiguousarray(pixels)).to(dtype) / peak
+
+
+def _is_deep(image: np.ndarray | Image.Image | Tensor) -> bool:
+    """Whether it has 16 bits a channel."""
+    return image.mode.startswith("I") if isinstance(image, Image.Image) else image.dtype == np.uint16
 
 
 def _from_tensor(values: Tensor, like: np.ndarray | Image.Image | Tensor) -> np.ndarray | Image.Image | Tensor:
-    """The reverse of `_to_tensor`, of the kind of `like`."""
+    """The reverse of `_to_tensor`, of the kind and depth of `like`."""
     if isinstance(like, Tensor):
         return values.to(like)
-    levels = torch.floor(values[0] * 255 + 0.5).to(torch.uint8)
-    pixels = (levels[0] if levels.shape[0] == 1 else levels.permute(1, 2, 0)).contiguous().cpu().numpy()
+    deep = _is_deep(like)
+    peak = 65535 if deep else 255
+    levels = torch.floor(values[0] * peak + 0.5).to(torch.int32 if deep else torch.uint8)
+    pixels = levels.permute(1, 2, 0).contiguous().cpu().numpy().astype(np.uint16 if deep else np.uint8, copy=False)
     if isinstance(like, np.ndarray):
-        return pixels
-    made = Image.fromarray(pixels)
-    if "icc_profile" in like.info:
-        made.info["icc_profile"] = like.info["icc_profile"]  # without it the colours would be shown differently
+        return pixels[..., 0] if like.ndim == 2 else pixels
+    made = io.image_of(pixels)
+    # Without the profile the colours would be shown differently; the pixels are not turned, so the orientation holds on.
+    made.info.update({k: like.info[k] for k in ("icc_profile", "exif", "dpi") if k in like.info})
     return made
