@@ -15,10 +15,23 @@ _library.require_torch()
 
 from fastsr import ops  # noqa: E402, F401  (registers the operators)
 from fastsr.convert import convert  # noqa: E402
+from fastsr.evaluate import evaluate  # noqa: E402
 from fastsr.image.upscale import upscale  # noqa: E402
 from fastsr.models import LoadError, Network, create, interpolate, load  # noqa: E402
 from fastsr.op import explain, use  # noqa: E402
 from fastsr.optimize import optimize  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["LoadError", "Network", "convert", "create", "explain", "interpolate", "load", "optimize", "upscale", "use"]
+__all__ = [
+    "LoadError",
+    "Network",
+    "convert",
+    "create",
+    "evaluate",
+    "explain",
+    "interpolate",
+    "load",
+    "optimize",
+    "upscale",
+    "use",
+]

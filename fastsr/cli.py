@@ -1,8 +1,9 @@
-"""The command `fastsr`: enlarge photographs, and say what a file of weights holds or what this machine offers."""
+"""The command `fastsr`: enlarge photographs, measure networks, convert files of weights and say what they hold."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -11,6 +12,9 @@ from typing import Any
 
 from PIL import Image
 
+from fastsr.checkpoints.normal import tuples
+from fastsr.convert import convert
+from fastsr.evaluate import PROTOCOLS, evaluate
 from fastsr.image import io
 from fastsr.image.upscale import (
     ZSSR,
@@ -23,6 +27,7 @@ from fastsr.image.upscale import (
     image_size,
     upscale,
 )
+from fastsr.info import DECIDERS, describe, info
 from fastsr.models import Network, load
 from fastsr.op import Call, explain
 
@@ -64,29 +69,122 @@ def _parser() -> argparse.ArgumentParser:
     )
     enlarge.set_defaults(run=_upscale)
 
-    info = commands.add_parser("info", help="what a file of weights holds, or without FILE what is installed here")
-    info.add_argument("file", nargs="?", type=Path, metavar="FILE")
-    info.set_defaults(run=_info)
+    about = commands.add_parser("info", help="what a file of weights holds, or without FILE what is installed here")
+    about.add_argument("file", nargs="?", type=Path, metavar="FILE")
+    _add_hints(about)
+    about.add_argument("--json", action="store_true", help="for a FILE: one JSON object")
+    about.set_defaults(run=_info)
+
+    change = commands.add_parser(
+        "convert", help="write any file of weights in one form",
+        description="Writes a network as safetensors under its own keys, with all that it takes to load it again.",
+    )  # fmt: skip
+    change.add_argument("source", type=Path, metavar="IN", help="a file of weights, of any format that is read")
+    change.add_argument("target", type=Path, metavar="OUT.safetensors")
+    _add_hints(change)
+    change.set_defaults(run=_convert)
+
+    measure = commands.add_parser(
+        "evaluate", help="PSNR and SSIM on a folder of images",
+        description="Shrinks the images of a folder, enlarges them again and compares, beside bicubic.",
+    )  # fmt: skip
+    measure.add_argument("model", type=Path, metavar="MODEL", help="a file of weights")
+    measure.add_argument("folder", type=Path, metavar="FOLDER", help="8-bit images in their full size")
+    measure.add_argument("--scale", type=int, metavar="N", help="the factor; needed where a file has several")
+    measure.add_argument(
+        "--protocol", choices=list(PROTOCOLS),
+        help="how images are shrunk and compared; by default as the network's authors published it",
+    )  # fmt: skip
+    measure.add_argument(
+        "--segmentation", metavar="FILE", help="for SFTGAN: the weights of the outdoor scene segmentation network"
+    )
+    measure.add_argument("--json", action="store_true", help="one JSON object")
+    measure.set_defaults(run=_evaluate)
     return parser
+
+
+def _add_hints(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--hint", action="append", default=[], type=_hint, metavar="FIELD=VALUE",
+        help="what no file says of a network's configuration, such as scale=3 or rgb_range=1; may be repeated",
+    )  # fmt: skip
+
+
+def _hint(text: str) -> tuple[str, Any]:
+    field, _, value = text.partition("=")
+    try:
+        return field, tuples(json.loads(value))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected FIELD=VALUE with a JSON value, got {text!r}") from error
 
 
 def _info(args: argparse.Namespace) -> int:
     if args.file is None:
-        from fastsr.info import info
-
+        if args.json or args.hint:
+            raise Refused("info: --json and --hint are for a FILE of weights; name one")
         print(info())
         return 0
-    network = _load(args.file, "cpu")
+    network = _load(args.file, "cpu", args.hint)
+    if args.json:
+        print(json.dumps(describe(network), indent=2))
+        return 0
+    origin = network.origin
     scales = ", ".join(f"x{scale}" for scale in network.scales) or "none, it does not enlarge images"
     low, high = network.value_range
     print(f"{args.file}: {network.summary()}")
     print(f"scales: {scales}; colour: {network.colour}; values: {low:g}..{high:g}")
+    print(f"variant: {origin.variant}; format: {origin.format}")
+    for decider, meaning in DECIDERS.items():
+        fields = [f"{f}={getattr(network.config, f)!r}" for f, who in origin.fields.items() if who == decider]
+        if fields:
+            print(f"{meaning}: {', '.join(fields)}")
     return 0
 
 
-def _load(file: str | Path, device: str) -> Network:
+def _convert(args: argparse.Namespace) -> int:
     try:
-        return load(file, device=device)
+        network = convert(args.source, args.target, **dict(args.hint))
+    except (ValueError, TypeError, OSError) as error:
+        raise Refused(str(error)) from error
+    print(f"{args.source} -> {args.target}: {network.summary()}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    device = str(default_device(None))
+    network = _load(args.model, device)
+    segmentation = None if args.segmentation is None else _load(args.segmentation, device)
+
+    def line(name: str, figures: dict[str, Any]) -> None:
+        if not args.json:
+            shown = "   ".join(_figures(f) for f in (figures, figures["bicubic"]))
+            print(f"{shown}   {name}", flush=True)
+
+    if not args.json:
+        print("Y: PSNR  SSIM    RGB: PSNR SSIM   bicubic: Y       bicubic: RGB     image")
+    try:
+        result = evaluate(
+            network, args.folder, scale=args.scale, protocol=args.protocol, segmentation=segmentation, progress=line
+        )
+    except (ValueError, TypeError, OSError) as error:
+        raise Refused(str(error)) from error
+    if args.json:
+        print(json.dumps(result, indent=2))
+        return 0
+    line(f"mean of {len(result['images'])}", result["mean"])
+    name = result["protocol"]
+    print(f"{result['model']} x{result['scale']}, protocol {name}: {PROTOCOLS[name].summary}")
+    return 0
+
+
+def _figures(figures: dict[str, Any]) -> str:
+    psnr = {c: "inf" if figures[f"psnr_{c}"] is None else f"{figures[f'psnr_{c}']:.4f}" for c in ("y", "rgb")}
+    return "  ".join(f"{psnr[c]:>7} {figures[f'ssim_{c}']:.4f}" for c in ("y", "rgb"))
+
+
+def _load(file: str | Path, device: str, hints: Sequence[tuple[str, Any]] = ()) -> Network:
+    try:
+        return load(file, device=device, **dict(hints))
     except (ValueError, TypeError, OSError) as error:
         known = "" if Path(file).exists() else " (names known without a file: zssr)"
         raise Refused(f"{error}{known}") from error

@@ -37,7 +37,7 @@ class Protocol:
     border: what MATLAB's kernels find outside the image, see `fastsr.image.resize.imresize`.
     luma_first: for a network of luma, Y Cb Cr of the whole image is shrunk, and enlarged luma compared with its luma;
         otherwise, and for networks of RGB, RGB is shrunk and enlarged, and luma made of that.
-    low_rounded, result_rounded, luma_rounded: to 8 bits, halves up: the small image; the enlarged; luma when it is made.
+    low_rounded, result_rounded, luma_rounded: to 8 bits, halves up: the small image; the enlarged; luma wherever made.
     """
 
     name: str
@@ -56,8 +56,9 @@ IDN = Protocol(
     low_rounded=False, luma_rounded=True,
 )  # fmt: skip
 ENHANCENET = Protocol(
-    "enhancenet", "8-bit RGB shrunk by Pillow's Lanczos; luma of 8-bit results, not rounded", kernel="lanczos"
-)
+    "enhancenet", "8-bit RGB shrunk by Pillow's Lanczos; luma of 8-bit results, rounded", kernel="lanczos",
+    luma_rounded=True,
+)  # fmt: skip
 MSRN_OLD = Protocol(
     "msrn_old", "luma shrunk by MATLAB's bicubic with clamped borders; nothing rounded", border="clamp",
     luma_first=True, low_rounded=False, result_rounded=False,
@@ -82,11 +83,11 @@ def evaluate(
     authors published with. progress: called with the name and the figures of every image.
 
     Returns what JSON can hold: {"protocol", "model" (the network's name), "scale", "images": {file name: figures},
-    "mean": figures}, where figures are psnr_y, ssim_y, psnr_rgb, ssim_rgb and "bicubic", a dict of the same four. PSNR is
-    in decibels, None where it is infinite. The RGB figures are over all three channels; for a network of luma they are
-    those of its luma with bicubic chroma; for a gray image they are equal to the Y figures, which are of its gray values
-    as they are. Raises ValueError for an unknown protocol or scale, a folder without images or an image that is too
-    small, OSError for one that cannot be read, and what `load` does.
+    "mean": figures}, where figures are psnr_y, ssim_y, psnr_rgb, ssim_rgb and "bicubic", a dict of the same four. PSNR
+    is in decibels, None where it is infinite. The RGB figures are over all three channels; for a network of luma they
+    are those of its luma with bicubic chroma; for a gray image they are equal to the Y figures, which are of its gray
+    values as they are. Raises ValueError for an unknown protocol or scale, a folder without images or an image that is
+    too small or not 8-bit gray or RGB, OSError for one that cannot be read, and what `load` does.
     """
     network = as_network(model)
     scale = check_scale(type(network).__name__, network.scales, scale)
@@ -114,9 +115,9 @@ def evaluate(
     }
 
 
-def _measure(
-    network: Network, image: Image.Image, scale: int, protocol: Protocol, segmentation: Any
-) -> dict[str, Any]:
+def _measure(network: Network, image: Image.Image, scale: int, protocol: Protocol, segmentation: Any) -> dict[str, Any]:
+    if image.mode not in ("L", "RGB"):
+        raise ValueError(f"expected 8-bit gray (mode L) or RGB, got mode {image.mode}")
     pixels = np.array(image)
     pixels = pixels[: pixels.shape[0] // scale * scale, : pixels.shape[1] // scale * scale]
     if pixels.size == 0:

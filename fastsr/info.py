@@ -1,16 +1,55 @@
-"""`python -m fastsr.info`: what is installed, what this machine offers, and which backend of each operator can run."""
+"""`python -m fastsr.info`: what is installed, what this machine offers, and which backend of each operator can run; and
+`describe`, what a file of weights holds."""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import platform
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import fastsr
 from fastsr import _library
+from fastsr.checkpoints.normal import plain
+from fastsr.models import Network
 from fastsr.op import OPS
+
+DECIDERS = {
+    "file": "inferred from the file",
+    "module": "said by the module",
+    "hint": "given as hints",
+    "assumed": "assumed, as no file says it",
+    "definition": "fixed by the network's definition",
+}
+"""What the values of `Origin.fields` mean."""
+
+
+def describe(network: Network) -> dict[str, Any]:
+    """What `load` found, as JSON can hold it.
+
+    network, variant (of its keys), format (of the file); scale: an int, a list of several, or None for a network that
+    does not enlarge images; colour: "rgb" or "y"; value_range: [black, white]; parameters: their count; config: all
+    fields of the configuration; inferred: who decided each of them, one of DECIDERS; source_sha256: of the file that a
+    normal form was made from, else None. Raises ValueError for a network that was created, not loaded.
+    """
+    origin, scales = network.origin, network.scales
+    if origin is None:
+        raise ValueError(f"describe: expected a network that fastsr.load made; {network.name} was created")
+    return {
+        "network": network.name,
+        "variant": origin.variant,
+        "scale": list(scales) if len(scales) > 1 else scales[0] if scales else None,
+        "colour": network.colour,
+        "value_range": list(network.value_range),
+        "parameters": network.parameter_count,
+        "format": origin.format,
+        "config": plain(dataclasses.asdict(network.config)),
+        "inferred": dict(origin.fields),
+        "source_sha256": origin.sha256,
+    }
 
 
 def info() -> str:
