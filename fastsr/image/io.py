@@ -1,7 +1,7 @@
 """Image files: reading photographs, and writing results so that a file is either complete or not there.
 
-Pillow does the work wherever it loses nothing. It would cut 16-bit colour and 16-bit gray with alpha to 8 bits without a
-word; those go through imagecodecs, which is an extra: `pip install 'fastsr[images]'`.
+Pillow does the work wherever it loses nothing. It would cut 16-bit colour and 16-bit gray with alpha to 8 bits without
+a word; those go through imagecodecs, which is an extra: `pip install 'fastsr[images]'`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Format:
 
 
 _JPEG = Format("JPEG", {"quality": 95, "subsampling": 0}, longest=65535, alpha=False)  # 4:4:4: colour was just gained
-_TIFF = Format("TIFF", {"compression": "tiff_deflate"}, deep=True)
+_TIFF = Format("TIFF", {}, deep=True)
 FORMATS = {
     ".png": Format("PNG", {}, deep=True),
     ".jpg": _JPEG,
@@ -53,6 +53,7 @@ MAX_PIXELS = 2**27  # of an image that is read
 _CHANNELS = {"1": 1, "L": 1, "LA": 2, "P": 3, "PA": 4, "RGB": 3, "RGBX": 3, "RGBA": 4}
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _WORDS = {"icc": "the colour profile", "exif": "the EXIF data", "dpi": "the resolution in dpi"}
+_EXIF = b"Exif\0\0"
 _ORIENTATION = 0x0112
 # What a TIFF's first directory says about the photograph; its other tags say how that one file is laid out.
 _ABOUT_PHOTOGRAPH = (270, 271, 272, 305, 306, 315, 316, 18246, 33432, 34665, 34853)
@@ -77,7 +78,8 @@ class Picture:
     """An image and what belongs to it.
 
     pixels: (H, W, C) uint8 or uint16, upright; C 1 gray, 2 gray and alpha, 3 RGB, 4 RGBA; alpha not premultiplied.
-    icc: the colour profile. exif: EXIF data, whose orientation is upright. dpi: horizontal and vertical.
+    icc: the colour profile. exif: EXIF data from "Exif" and two zeros on, whose orientation is upright. dpi: horizontal
+    and vertical.
     notes: what could not be kept, in words.
     """
 
@@ -230,10 +232,11 @@ def _read_exif(file: Any) -> tuple[int, bytes | None, tuple[str, ...]]:
                 if tag in found:
                     kept[tag] = found.get_ifd(tag) if tag in (34665, 34853) else found[tag]
             return orientation, kept.tobytes() if len(kept) else None, ()
-        if orientation == 1 or not file.info.get("exif"):
-            return orientation, file.info.get("exif") or None, ()  # to the byte
-        del found[_ORIENTATION]
-        return orientation, found.tobytes(), ()
+        data = file.info.get("exif")
+        if data and orientation != 1:
+            del found[_ORIENTATION]
+            data = found.tobytes()
+        return orientation, _EXIF + data.removeprefix(_EXIF) if data else None, ()
     except Exception as error:  # metadata that nobody can read are no reason to lose the image
         return 1, None, (f"the EXIF data are damaged and left out, an orientation with them: {error}",)
 
@@ -276,7 +279,7 @@ def _mode_message(what: str, mode: str) -> str:
 
 
 def pixels_of(image: Image.Image) -> np.ndarray:
-    """(H, W, C) of a PIL image: uint16 for 16-bit gray, else uint8; C as in `Picture`. Raises what `check_mode` does."""
+    """(H, W, C) of a PIL image: uint16 for 16-bit gray, else uint8; C as in `Picture`. Raises as `check_mode` does."""
     check_mode(image, also=("I",))
     transparent = image.info.get("transparency")
     if image.mode.startswith("I"):
@@ -345,8 +348,10 @@ def encode(path: str | os.PathLike[str], picture: Picture) -> tuple[bytes, tuple
     if pixels.dtype == np.uint16 and not kind.deep:
         pixels = np.rint(pixels / 257).astype(np.uint8)
         notes += (f"16 bits are rounded to the 8 of {Path(path).suffix}",)
-    if pixels.dtype == np.uint16 and channels > 1:
-        encoded = (_deep_png if kind.name == "PNG" else _deep_tiff)(pixels, held)
+    if kind.name == "TIFF":
+        encoded = _tiff(pixels, held)
+    elif pixels.dtype == np.uint16 and channels > 1:
+        encoded = _deep_png(pixels, held)
     else:
         buffer = io.BytesIO()
         named = {{"icc": "icc_profile"}.get(k, k): v for k, v in held.items()}
@@ -377,23 +382,27 @@ def _deep_png(pixels: np.ndarray, held: dict[str, Any]) -> bytes:
     if "dpi" in held:
         added += chunk(b"pHYs", struct.pack(">IIB", *(round(v / 0.0254) for v in held["dpi"]), 1))
     if "exif" in held:
-        added += chunk(b"eXIf", held["exif"].removeprefix(b"Exif\0\0"))
+        added += chunk(b"eXIf", held["exif"].removeprefix(_EXIF))
     return encoded[:33] + added + encoded[33:]  # right behind the signature and the header, IHDR
 
 
-def _deep_tiff(pixels: np.ndarray, held: dict[str, Any]) -> bytes:
-    """One strip, deflated after horizontal differences (predictor 2). Pillow only lays out the directory."""
-    if pixels.shape[2] == 2:
+def _tiff(pixels: np.ndarray, held: dict[str, Any]) -> bytes:
+    """One strip, deflated after horizontal differences (predictor 2). Pillow lays out the directory; its own writer
+    knows neither 16-bit colour nor EXIF data in a compressed file."""
+    if pixels.dtype == np.uint16 and pixels.shape[2] == 2:
         pixels = pixels[..., [0, 0, 0, 1]]  # hardly any reader knows 16-bit gray with alpha
     height, width, channels = pixels.shape
-    differences = pixels.astype("<u2")
+    differences = pixels.astype(pixels.dtype.newbyteorder("<"))
     differences[:, 1:] -= pixels[:, :-1]
     strip = zlib.compress(differences.tobytes(), 6)
     tags = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
-    tags.update({256: width, 257: height, 258: (16,) * channels, 259: 8, 262: 2, 277: channels, 278: height, 284: 1})
-    tags.update({273: 0, 279: len(strip), 317: 2})  # the offset of the strip counts from the end of the directory
-    if channels == 4:
-        tags[338] = 2
+    bits, photometric = 8 * pixels.itemsize, 1 if channels < 3 else 2  # black is zero, or RGB
+    tags.update(
+        {256: width, 257: height, 258: (bits,) * channels, 259: 8, 262: photometric, 277: channels, 278: height}
+    )
+    tags.update({273: 0, 279: len(strip), 284: 1, 317: 2})  # a strip's offset counts from the end of the directory
+    if channels in (2, 4):
+        tags[338] = 2  # alpha, not premultiplied
     if "icc" in held:
         tags.tagtype[34675] = 7
         tags[34675] = held["icc"]

@@ -298,6 +298,6 @@ def _from_tensor(values: Tensor, like: np.ndarray | Image.Image | Tensor) -> np.
     if isinstance(like, np.ndarray):
         return pixels[..., 0] if like.ndim == 2 else pixels
     made = io.image_of(pixels)
-    # Without the profile the colours would be shown differently; the pixels are not turned, so the orientation holds on.
+    # Without the profile colours would be shown differently; the pixels are not turned, so the orientation holds on.
     made.info.update({k: like.info[k] for k in ("icc_profile", "exif", "dpi") if k in like.info})
     return made
