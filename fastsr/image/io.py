@@ -114,7 +114,7 @@ def read(path: str | os.PathLike[str]) -> Picture:
     with _opened(path) as file:
         header = _header(path, file)
         file.load()
-        if header.depth == 16 and header.channels > 1:
+        if header.depth == 16 and not file.mode.startswith("I"):
             pixels = _decode_deep(path, file)
         else:
             pixels = pixels_of(file)
