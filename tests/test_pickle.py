@@ -458,7 +458,7 @@ def test_calls_of_commands_are_named(read):
     assert "antigravity" not in sys.modules
 
 
-NESTED = 100_000
+NESTED = 20_000
 BOMBS = {
     "memo of 2^31 entries": b"}r\xff\xff\xff\x7f",
     "memo of a negative entry": b"}p-1\n",

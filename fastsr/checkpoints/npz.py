@@ -79,7 +79,7 @@ def _array(data: memoryview) -> Any:
     sizes, body = pickles.sizes_of([int(text) for text in texts]), data[start + length :]
     if code[2][0] == "O":
         value = pickles.load(body).value
-        held = pickles.array(value, Budget(0))
+        held = pickles.array(value, Budget(len(body)))
         if not isinstance(held, list):
             raise damaged("an array of objects is pickled as something else")
         return held[0] if sizes == () and held else held

@@ -107,12 +107,15 @@ class _Machine:
 
     def run(self) -> Any:
         for _ in range(MOST_STEPS):
-            opcode = self.take(1)[0]
-            if opcode == ord("."):
+            if self.at >= len(self.data):
+                raise damaged("a pickle without an end")
+            opcode = chr(self.data[self.at])
+            self.at += 1
+            if opcode == ".":
                 return self.pop()
-            step = _STEPS.get(chr(opcode))
+            step = _STEPS.get(opcode)
             if step is None:
-                raise damaged(f"a pickle holds the unknown instruction {opcode:#04x}")
+                raise damaged(f"a pickle holds the unknown instruction {opcode!r}")
             step(self)
         raise CheckpointError(f"a pickle of more than {MOST_STEPS:,} steps; save the module's state_dict() instead")
 
@@ -447,8 +450,9 @@ def array(value: Any, budget: Budget) -> Tensor | list[Any] | None:
         return None
     if value.function in ARRAYS and isinstance(value.state, tuple) and len(value.state) == 5:
         _, sizes, kind, fortran, content = value.state
-    elif value.function in BUFFERS and len(value.arguments) == 4:
-        content, kind, sizes, order = value.arguments
+        axes = []
+    elif value.function in BUFFERS and len(value.arguments) in (4, 5):
+        content, kind, sizes, order, *axes = value.arguments
         fortran = order == "F"
     else:
         return None
@@ -457,7 +461,11 @@ def array(value: Any, budget: Budget) -> Tensor | list[Any] | None:
         if not isinstance(content, list) or len(content) != math.prod(sizes):
             raise damaged(f"an array of objects of sizes {sizes} does not hold as many")
         return content
-    return numbers(memoryview(_bytes(content)), code, sizes, bool(fortran), budget)
+    tensor = numbers(memoryview(_bytes(content)), code, sizes, bool(fortran), budget)
+    order = integers(axes[0]) if axes and axes[0] is not None else tuple(range(len(sizes)))
+    if sorted(order) != list(range(len(sizes))):
+        raise damaged(f"an array of sizes {sizes} has its axes in the order {order}")
+    return tensor.permute(order)
 
 
 def numbers(data: memoryview, code: str, sizes: tuple[int, ...], fortran: bool, budget: Budget) -> Tensor:

@@ -61,6 +61,8 @@ def without_counters(state: State) -> State:
     return {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}
 
 
+GENERATOR = re.compile("41((?:4111141111)+)4*?((?:41)+)41")  # the ranks of its arrays: blocks, 1x1s, upsampling, end
+DISCRIMINATOR = re.compile("41((?:411111)+)2121")
 BATCH_NORM = ("bias", "weight", "running_mean", "running_var")  # in TensorLayer's order
 
 
@@ -138,16 +140,17 @@ class SRFeat(Network):
         """As for every network; TensorLayer's list has no names, but the axes of its arrays follow each other so only
         in the generator."""
         dialect = super().detect(state)
-        mine = dialect != "tensorlayer" or re.fullmatch(r"41(4111141111)+4*(41){2,}", ranks(state))
+        mine = dialect != "tensorlayer" or GENERATOR.fullmatch(ranks(state))
         return dialect if mine else None
 
     @classmethod
     def convert(cls, state: State, dialect: str) -> State:
         """The keys are the module's own, or the place in TensorLayer's list: the 1x1 convolutions come after all
         blocks, because the sum at the end is where they join its list of parameters."""
-        if dialect == "tensorflow":
+        found = GENERATOR.fullmatch(ranks(state))
+        if dialect == "tensorflow" or found is None:
             return without_counters(state)
-        blocks, ups = ranks(state).count("4111141111"), len(re.findall("(?=4141)", ranks(state)))
+        blocks, ups = len(found[1]) // 10, len(found[2]) // 2
         names = ["conv_in.weight", "conv_in.bias"]
         for i in range(blocks):
             for n in (1, 2):
@@ -228,7 +231,7 @@ class SRFeatDiscriminator(Network):
     def detect(cls, state: State) -> str | None:
         """As for every network; of TensorLayer's lists, those whose arrays have the axes of this chain of layers."""
         dialect = super().detect(state)
-        mine = dialect != "tensorlayer" or re.fullmatch(r"41(411111)+2121", ranks(state))
+        mine = dialect != "tensorlayer" or DISCRIMINATOR.fullmatch(ranks(state))
         return dialect if mine else None
 
     @classmethod
