@@ -32,7 +32,11 @@ def read(path: Path) -> Content:
             content.normal = from_metadata(file.metadata())
             for key in file.keys():  # noqa: SIM118 (the file is no mapping)
                 content[key] = file.get_tensor(key)
-    except SafetensorError as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        AttributeError,
+    ) as error:  # the last two: strides or dtypes torch cannot have
         raise CheckpointError(f"load: {path}: damaged, or not a safetensors file ({error})") from error
     except CheckpointError as error:
         raise CheckpointError(f"load: {path}: {error}") from error
