@@ -186,7 +186,7 @@ def _load(file: str | Path, device: str, hints: Sequence[tuple[str, Any]] = ()) 
     try:
         return load(file, device=device, **dict(hints))
     except (ValueError, TypeError, OSError) as error:
-        known = "" if Path(file).exists() else " (names known without a file: zssr)"
+        known = "" if Path(file).exists() else " (fastsr upscale knows zssr without a file)"
         raise Refused(f"{error}{known}") from error
 
 

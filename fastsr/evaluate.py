@@ -87,7 +87,8 @@ def evaluate(
     is in decibels, None where it is infinite. The RGB figures are over all three channels; for a network of luma they
     are those of its luma with bicubic chroma; for a gray image they are equal to the Y figures, which are of its gray
     values as they are. Raises ValueError for an unknown protocol or scale, a folder without images or an image that is
-    too small or not 8-bit gray or RGB, OSError for one that cannot be read, and what `load` does.
+    too small, not 8-bit gray or RGB, or whose result is not finite, OSError for one that cannot be read, and what
+    `load` does.
     """
     network = as_network(model)
     scale = check_scale(type(network).__name__, network.scales, scale)
@@ -132,6 +133,10 @@ def _measure(network: Network, image: Image.Image, scale: int, protocol: Protoco
         result = torch.cat([luma.double().cpu(), bicubic[:, 1:]], dim=1)
     else:
         result = enlarge(network, low, scale, segmentation).double().cpu()
+    if not torch.isfinite(result).all():
+        raise ValueError(
+            "the network's result holds values that are not finite; use a wider dtype or check the weights"
+        )
     return _compare(result, high, scale, protocol, in_luma) | {
         "bicubic": _compare(bicubic, high, scale, protocol, in_luma)
     }

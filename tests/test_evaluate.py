@@ -194,6 +194,13 @@ def test_what_is_refused(tmp_path, folder, carn):
         evaluate(carn, tmp_path, scale=2)
 
 
+def test_a_result_that_is_not_finite_has_no_figures(folder):
+    broken = fastsr.create("idn", **IDN, scale=2)
+    broken.conv1.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match=r"colour\.png: the network's result holds values that are not finite"):
+        evaluate(broken, folder)
+
+
 # The command line.
 
 
