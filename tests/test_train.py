@@ -25,6 +25,7 @@ from fastsr.train import losses as losses_module
 from fastsr.train.__main__ import main
 from fastsr.train.config import TrainConfig, rate, read_config
 from fastsr.train.data import Patches, list_images, prepare, shrink
+from fastsr.train.initial import interpolating
 from fastsr.train.losses import LOSSES, Loss, WeightedLosses, register
 from fastsr.train.trainer import Average, PlainOperators, Trainer
 
@@ -351,6 +352,27 @@ def test_tensorboard_gets_what_the_tables_get(images, tmp_path, monkeypatch):
         Trainer(config, resume=True).run()
 
 
+@pytest.mark.parametrize("mobile, group, multi_scale, scales", [(True, 4, True, (2, 3, 4)), (False, 1, False, (4,))])
+def test_interpolating_weights_interpolate(mobile, group, multi_scale, scales):
+    torch.manual_seed(0)
+    network = fastsr.create("carn", scales=scales, multi_scale=multi_scale, mobile=mobile, group=group, features=32)
+    y, x = torch.meshgrid(torch.arange(20.0), torch.arange(24.0), indexing="ij")
+    image = torch.stack([0.5 + 0.4 * torch.sin(x / 4 + c) * torch.cos(y / 5) for c in range(3)])[None]
+
+    def errors() -> list[float]:  # away from the borders, where zeros come in
+        with torch.no_grad():
+            differences = [network.super_resolve(image, scale) - imresize(image, scale) for scale in scales]
+        return [d[..., 8:-8, 8:-8].abs().mean().item() for d in differences]
+
+    assert min(errors()) > 0.1
+    interpolating(network)
+    assert max(errors()) < 0.04
+    with pytest.raises(ValueError, match="6 features a group"):
+        interpolating(fastsr.create(**TINY))
+    with pytest.raises(ValueError, match="expected a CARN"):
+        interpolating(fastsr.create("zssr"))
+
+
 # Messages.
 
 
@@ -362,6 +384,7 @@ def test_tensorboard_gets_what_the_tables_get(images, tmp_path, monkeypatch):
         ({"patch": 2.5}, "patch: expected a whole number"),
         ({"network": "carn"}, 'network: expected an object with a "name"'),
         ({"amp": "half"}, 'amp: expected "bfloat16", "float16" or null'),
+        ({"start": "bicubic"}, "start: expected null or one of interpolating"),
         ({"ema": 1}, "ema: expected a number in"),
         ({"losses": []}, "losses: expected a list of at least one object"),
         ({"scales": {"2": 0}}, "scales: expected an object of positive weights"),

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fastsr.train.initial import STARTS
+
 SCHEDULES: dict[str, tuple[str, ...]] = {
     "constant": ("warmup",),
     "multistep": ("warmup", "milestones", "gamma"),
@@ -27,7 +29,8 @@ class TrainConfig:
     network: what `fastsr.create` takes: {"name": "carn", "scales": [2, 3, 4], ...}.
     data, output: the folder of training images (searched recursively), and the folder that gets everything made.
     initial: weights to begin with, anything `fastsr.load` reads; its network is then the one trained, and `network`
-        gives only hints for loading.
+        gives only hints for loading. start: how else a new network's weights are set; "interpolating", for CARN, has it
+        begin at bicubic's level (`fastsr.train.initial`). Default: as torch does.
     scales: drawn at each step, with these weights: {"2": 1.0, "4": 2.0}. Default: all of the network's, equally.
     patch: side of the low-resolution patches. batch: patches a step, over all processes together.
     losses: a list of {"name": ..., "weight": ..., settings}; see `fastsr.train.losses`.
@@ -45,6 +48,7 @@ class TrainConfig:
     output: str
     steps: int
     initial: str | None = None
+    start: str | None = None
     segmentation: str | None = None
     scales: dict[str, float] = field(default_factory=dict)
     patch: int = 48
@@ -79,6 +83,8 @@ class TrainConfig:
         need(_number(self.learning_rate) and self.learning_rate > 0, "learning_rate", "a positive number")
         need(self.clip is None or (_number(self.clip) and self.clip > 0), "clip", "a positive number or null")
         need(self.ema is None or (_number(self.ema) and 0 <= self.ema < 1), "ema", "a number in [0, 1) or null")
+        need(self.start in (None, *STARTS), "start", f"null or one of {', '.join(STARTS)}")
+        need(self.start is None or self.initial is None, "start", "null where there are initial weights")
         need(self.amp in AMP, "amp", '"bfloat16", "float16" or null')
         need(len(self.betas) == 2 and all(_number(b) and 0 <= b < 1 for b in self.betas), "betas", "two in [0, 1)")
         need(

@@ -39,6 +39,7 @@ from fastsr.models.sftgan import condition
 from fastsr.op import OPS
 from fastsr.train.config import TrainConfig, rate
 from fastsr.train.data import Example, Patches, list_images, prepare
+from fastsr.train.initial import STARTS
 from fastsr.train.losses import WeightedLosses
 
 
@@ -252,6 +253,8 @@ class Trainer:
             raise ValueError(f"initial: {self.config.initial} holds {network.name}; network says {name}")
         if not network.scales:
             raise ValueError(f"network: expected one that enlarges images; got {name}")
+        if self.config.start is not None:
+            STARTS[self.config.start](network)
         return network
 
     def _scales(self) -> dict[int, float]:
