@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+import torch
 
+import fastsr
 from fastsr.checkpoints.normal import tuples
 from fastsr.convert import convert
 from fastsr.evaluate import PROTOCOLS, evaluate
 from fastsr.image import io
+from fastsr.image.batch import Event, Work, find_jobs, upscale_files
+from fastsr.image.journal import network_digest
 from fastsr.image.upscale import (
     ZSSR,
     ZSSR_SCALES,
     as_network,
     as_segmentation,
-    check_scale,
-    check_size,
     default_device,
-    image_size,
+    next_scale,
     upscale,
 )
 from fastsr.info import DECIDERS, describe, info
 from fastsr.models import Network, load
-from fastsr.op import Call, explain
 
 
 class Refused(Exception):
@@ -50,24 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fastsr", description="Super-resolution networks, made fast.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    enlarge = commands.add_parser("upscale", help="enlarge photographs", description="Enlarges 8-bit images.")
-    enlarge.add_argument("inputs", nargs="+", type=Path, metavar="IN", help="an image file, or a folder of them")
-    enlarge.add_argument(
-        "-o", "--output", required=True, type=str, metavar="OUT",
-        help="for a single IN a file, whose extension sets the format; else a folder, made if missing",
-    )  # fmt: skip
-    enlarge.add_argument(
-        "--model", default="zssr", metavar="NAME|FILE",
-        help="a file of weights, or zssr (default), which learns from the image itself",
-    )  # fmt: skip
-    enlarge.add_argument("--scale", type=int, metavar="N", help="the factor; needed where a file has several")
-    enlarge.add_argument(
-        "--segmentation", metavar="FILE", help="for SFTGAN: the weights of the outdoor scene segmentation network"
-    )
-    enlarge.add_argument(
-        "--iterations", type=int, metavar="N", help="for zssr: learn for at most so long (default 3000), less is faster"
-    )
-    enlarge.set_defaults(run=_upscale)
+    _add_upscale(commands)
 
     about = commands.add_parser("info", help="what a file of weights holds, or without FILE what is installed here")
     about.add_argument("file", nargs="?", type=Path, metavar="FILE")
@@ -101,6 +84,55 @@ def _parser() -> argparse.ArgumentParser:
     measure.add_argument("--json", action="store_true", help="one JSON object")
     measure.set_defaults(run=_evaluate)
     return parser
+
+
+def _add_upscale(commands: Any) -> None:
+    parser = commands.add_parser(
+        "upscale", help="enlarge photographs",
+        description="Enlarges images of 8 or 16 bits, also with alpha; profile, EXIF data and resolution are kept. "
+        "A terminal gets a progress bar, a pipe or file one JSON object a line.",
+    )  # fmt: skip
+    parser.add_argument("inputs", nargs="*", type=Path, metavar="IN", help="an image, or a folder with all it holds")
+    parser.add_argument("-i", "--input", action="append", default=[], type=Path, metavar="IN", help="the same")
+    parser.add_argument(
+        "-o", "--output", required=True, type=str, metavar="OUT",
+        help="for a single IN a file, whose extension sets the format; else a folder, made if missing",
+    )  # fmt: skip
+    parser.add_argument(
+        "--model", "-n", "--model_name", default=ZSSR, metavar="NAME|FILE",
+        help="a file of weights, or zssr (default), which learns from the image itself",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scale", "-s", "--outscale", type=_number, metavar="N",
+        help="the factor; needed where a file has several. Between those that it has, the next larger is shrunk",
+    )  # fmt: skip
+    parser.add_argument(
+        "--segmentation", metavar="FILE", help="for SFTGAN: the weights of the outdoor scene segmentation network"
+    )
+    parser.add_argument(
+        "--iterations", type=int, metavar="N", help="for zssr: learn for at most so long (default 3000), less is faster"
+    )
+    parser.add_argument("--suffix", default="", metavar="WORD", help="in a folder, photo.png becomes photo_WORD.png")
+    parser.add_argument(
+        "--ext", default="auto", choices=("auto", *(e.removeprefix(".") for e in io.FORMATS)), metavar="EXT",
+        help="in a folder, the format of all results: %(choices)s; auto (default) is that of each image",
+    )  # fmt: skip
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; by default a GPU if there is one")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="the network's (default: as the file has it)"
+    )
+    parser.add_argument("--fp32", dest="dtype", action="store_const", const="float32", help="--dtype float32")
+    parser.add_argument(
+        "--resume", action="store_true",
+        help="leave out what the journal in the folder of results proves done: the same input, model and options",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="JSON lines on a terminal, too")
+    parser.set_defaults(run=_upscale)
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _add_hints(parser: argparse.ArgumentParser) -> None:
@@ -191,144 +223,133 @@ def _load(file: str | Path, device: str, hints: Sequence[tuple[str, Any]] = ()) 
 
 
 def _upscale(args: argparse.Namespace) -> int:
-    jobs = _jobs(args.inputs, args.output)
-    device = str(default_device(None))
-    network = None if args.model == ZSSR else _load(args.model, device)
-    segmentation = None if args.segmentation is None else _load(args.segmentation, device)
+    inputs = [*args.inputs, *args.input]
+    if not inputs:
+        raise Refused("no image to enlarge: expected IN or -i IN")
     try:
-        if network is None:
-            if segmentation is not None:
-                raise TypeError("--segmentation is for SFTGAN, not for ZSSR")
-            name, scale = "ZSSR", check_scale("ZSSR", ZSSR_SCALES, args.scale or ZSSR_SCALES[0])
-        else:
-            name = type(as_network(network)).__name__
-            scale = check_scale(name, network.scales, args.scale)
-            as_segmentation(network, segmentation)
-    except (ValueError, TypeError) as error:
+        jobs, folder = find_jobs(inputs, args.output, suffix=args.suffix, extension=args.ext)
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    if args.resume and folder is None:
+        raise Refused(f"{args.output}: --resume needs a folder of results, in which it finds its journal")
+    try:
+        work = _zssr(args) if args.model == ZSSR else _network(args)
+    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: torch, about a device
         raise Refused(f"{args.model}: {error}") from error
-
-    failed: dict[Path, str] = {}
-
-    def fails(source: Path, error: Exception) -> None:
-        failed[source] = str(error)
-        print(f"fastsr: {error}" if str(source) in str(error) else f"fastsr: {source}: {error}", file=sys.stderr)
-
-    for source, target in jobs:  # what can be refused is refused before the first long computation
-        try:
-            height, width = image_size(io.read_image(source))
-            check_size(height, width, scale)
-            io.check_writable(target, width * scale, height * scale)
-        except (OSError, ValueError) as error:
-            fails(source, error)
-    for source, target in jobs:
-        if source in failed:
-            continue
-        try:
-            image = io.read_image(source)
-            started = time.perf_counter()
-            made, calls = _enlarge(image, network, segmentation, scale, _Progress(source.name), args)
-            seconds = time.perf_counter() - started
-            target.parent.mkdir(parents=True, exist_ok=True)
-            io.write_image(target, made)
-        except Exception as error:  # one bad image must not take the results of the others with it
-            fails(source, error)
-            continue
-        backends = ", ".join(sorted({call.backend for call in calls}))
-        sizes = [f"{w}x{h}" for w, h in (image.size, made.size)]
-        print(
-            f"{source} ({sizes[0]}) -> {target} ({sizes[1]}): "
-            f"{name} x{scale} on {device}, backend {backends}, {seconds:.1f} s"
-        )
-    if failed:
-        print(f"fastsr: {len(failed)} of {len(jobs)} not done:", *failed, sep="\n  ", file=sys.stderr)
-    return 1 if failed else 0
+    return upscale_files(jobs, work, folder, resume=args.resume, report=_Report(len(jobs), args.json))
 
 
-def _enlarge(
-    image: Image.Image,
-    network: Network | None,
-    segmentation: Network | None,
-    scale: int,
-    progress: _Progress,
-    args: argparse.Namespace,
-) -> tuple[Image.Image, list[Call]]:
-    """The larger image, and the operator calls that made it."""
-    made: list[Image.Image] = []
-    if network is not None:
-        calls = explain(lambda: made.append(upscale(image, network, scale=scale, segmentation=segmentation)))
-    else:
-        from fastsr.train.zssr import ZSSRConfig
+def _network(args: argparse.Namespace) -> Work:
+    device = args.device or str(default_device(None))
+    network = as_network(_load(args.model, device))
+    if args.dtype is not None:
+        network = network.to(getattr(torch, args.dtype))
+    given = None if args.segmentation is None else _load(args.segmentation, device)
+    segmentation = as_segmentation(network, given)
+    if args.iterations is not None:
+        raise TypeError("--iterations are for zssr; this network has learnt")
+    factor, scale = next_scale(type(network).__name__, network.scales, args.scale)
 
-        config = ZSSRConfig() if args.iterations is None else ZSSRConfig(max_iters=args.iterations)
-        with progress:
-            calls = explain(lambda: made.append(upscale(image, ZSSR, scale=scale, config=config, progress=progress)))
-    return made[0], calls
+    def enlarge(image: Any, progress: Any) -> Any:
+        return upscale(image, network, scale=scale, segmentation=segmentation)
+
+    options = {"segmentation": None if segmentation is None else network_digest(segmentation)}
+    return _work(enlarge, type(network).__name__, factor, scale, network_digest(network), device, options)
 
 
-def _jobs(inputs: Sequence[Path], output: str) -> list[tuple[Path, Path]]:
-    """(image file, file to write) for every input, folders opened. Raises Refused where two would meet in one file, or
-    a result would replace an input."""
-    sources: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in io.FORMATS and p.is_file())
-            if not found:
-                raise Refused(f"{path}: no images in this folder (looked for {', '.join(io.FORMATS)})")
-            sources += found
-        elif path.exists():
-            sources.append(path)
-        else:
-            raise Refused(f"{path}: no such file or folder")
+def _zssr(args: argparse.Namespace) -> Work:
+    from fastsr.train.zssr import ZSSRConfig  # here because training is not needed by anything else
 
-    out = Path(output)
-    is_file = out.suffix.lower() in io.FORMATS and not out.is_dir() and not output.endswith("/")
-    if is_file and (len(inputs) > 1 or inputs[0].is_dir()):
-        raise Refused(f"{out}: several images need a folder to go to, and this looks like a file")
-    if out.exists() and not is_file and not out.is_dir():
-        raise Refused(f"{out}: expected a folder, or a file with one of the extensions {', '.join(io.FORMATS)}")
-    targets = [out] if is_file else [out / source.name for source in sources]
+    for name, value in (("--segmentation", args.segmentation), ("--dtype", args.dtype), ("--device", args.device)):
+        if value is not None:
+            raise TypeError(f"{name} is for networks with weights, not for ZSSR")
+    config = ZSSRConfig() if args.iterations is None else ZSSRConfig(max_iters=args.iterations)
+    factor, scale = next_scale("ZSSR", ZSSR_SCALES, ZSSR_SCALES[0] if args.scale is None else args.scale)
 
-    jobs = list(zip(sources, targets, strict=True))
-    first_for: dict[Path, Path] = {}
-    for source, target in jobs:
-        if target in first_for:
-            raise Refused(f"{target}: both {first_for[target]} and {source} would be written here; use two calls")
-        first_for[target] = source
-        if target.exists() and any(target.samefile(other) for other in sources):
-            raise Refused(f"{target}: this result would replace an input; choose another -o")
-    return jobs
+    def enlarge(image: Any, progress: Any) -> Any:
+        def learning(state: dict[str, Any]) -> None:
+            done, most = state["iteration"] + 1, state["max_iters"]
+            error = state["test_mse"] ** 0.5 * 255
+            words = f"ZSSR has learnt for {done} of at most {most} iterations, error {error:.2f} levels"
+            progress((state["step"] + done / most) / state["steps"], words)
+
+        return upscale(image, ZSSR, scale=scale, config=config, progress=learning)
+
+    options = {"config": dataclasses.asdict(config)}
+    return _work(enlarge, "ZSSR", factor, scale, ZSSR, str(default_device(None)), options)
 
 
-class _Progress:
-    """A bar on stderr, redrawn in place on a terminal; elsewhere one line every tenth of the way."""
+def _work(enlarge: Any, name: str, factor: int, scale: float, model: str, device: str, options: dict[str, Any]) -> Work:
+    options = {**options, "fastsr": fastsr.__version__, "scale": scale, "device": torch.device(device).type}
+    return Work(enlarge, factor, scale, model, options, {"network": name, "scale": scale, "device": device})
+
+
+class _Report:
+    """Tells what happens: as JSON lines on stdout, or, where that is a terminal, in words and with a bar on stderr."""
 
     WIDTH = 30
 
-    def __init__(self, label: str) -> None:
-        self.label = label
-        self.terminal = sys.stderr.isatty()
-        self.tenths = -1
-        self.drawn = False
+    def __init__(self, jobs: int, as_json: bool) -> None:
+        self.jobs = jobs
+        self.json = as_json or not sys.stdout.isatty()
+        self.bar = sys.stderr.isatty()
+        self.finished = 0
+        self.failed: list[str] = []
+        self.tenths: tuple[str, int] = ("", -1)
 
-    def __enter__(self) -> _Progress:
-        return self
+    def __call__(self, event: Event) -> None:
+        kind = event["event"]
+        if kind == "progress":
+            tenth = (event["input"], int(event["share"] * 10))
+            if self.bar:
+                self._draw(event["share"], f"{Path(event['input']).name}: {event['words']}")
+            if self.json and tenth != self.tenths:
+                self._line(event)
+            self.tenths = tenth
+            return
+        if self.bar:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+        if self.json:
+            self._line(event)
+        elif kind == "done":
+            sizes = ["x".join(map(str, event[key])) for key in ("size_before", "size")]
+            print(
+                _shown(f"{event['input']} ({sizes[0]}) -> {event['output']} ({sizes[1]}): {event['network']} "
+                       f"x{event['scale']} on {event['device']}, backend {', '.join(event['backends']) or 'none'}, "
+                       f"{event['seconds']:.1f} s"),
+                *(f"  note: {note}" for note in event["notes"]), sep="\n", flush=True,
+            )  # fmt: skip
+        elif kind == "skipped":
+            print(_shown(f"{event['input']} -> {event['output']}: done already"), flush=True)
+        if kind == "failed":
+            self.failed.append(event["error"])
+        if kind == "end":
+            self._end(event)
+        else:
+            self.finished += 1
+            if self.bar:
+                self._draw(0.0, "")
 
-    def __exit__(self, *error: object) -> None:
-        if self.drawn and self.terminal:
-            print(file=sys.stderr)
+    def _line(self, event: Event) -> None:
+        print(json.dumps(event), flush=True)
 
-    def __call__(self, state: dict[str, Any]) -> None:
-        done, most = state["iteration"] + 1, state["max_iters"]
-        share = (state["step"] + done / most) / state["steps"]
-        error = state["test_mse"] ** 0.5 * 255
-        text = f"{self.label}: ZSSR has learnt for {done} of at most {most} iterations, error {error:.2f} levels"
-        if self.terminal:
-            filled = round(share * self.WIDTH)
-            print(f"\r[{'#' * filled}{'.' * (self.WIDTH - filled)}] {text} ", end="", file=sys.stderr, flush=True)
-            self.drawn = True
-        elif int(share * 10) > self.tenths:
-            self.tenths = int(share * 10)
-            print(text, file=sys.stderr, flush=True)
+    def _draw(self, share: float, words: str) -> None:
+        filled = round((self.finished + share) / self.jobs * self.WIDTH)
+        text = f"[{'#' * filled}{'.' * (self.WIDTH - filled)}] {self.finished} of {self.jobs} {words} "
+        print(f"\r\033[K{_shown(text)}", end="", file=sys.stderr, flush=True)
+
+    def _end(self, event: Event) -> None:
+        if "stopped" in event:
+            done = event["done"] + event["skipped"]
+            print(f"fastsr: stopped by {event['stopped']} after {done} of {event['all']}", file=sys.stderr)
+        if self.failed:
+            count = f"{len(self.failed)} of {event['all']} not done"
+            print(f"fastsr: {count}:", *map(_shown, self.failed), sep="\n  ", file=sys.stderr)
+
+
+def _shown(text: str) -> str:
+    """With names that are not UTF-8, which printing would not survive, made readable."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 if __name__ == "__main__":

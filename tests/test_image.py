@@ -1,5 +1,6 @@
 """Images in, images out: `fastsr.upscale`, colour, PSNR, files and the command line."""
 
+import json
 import os
 import stat
 
@@ -10,7 +11,7 @@ from PIL import Image
 
 import fastsr
 from fastsr import cli
-from fastsr.image import io
+from fastsr.image import io, journal
 from fastsr.image import upscale as module
 from fastsr.image.colour import rgb_to_gray, rgb_to_y, rgb_to_ycbcr, ycbcr_to_rgb
 from fastsr.image.metrics import psnr
@@ -443,8 +444,10 @@ def test_cli_one_file(tmp_path, weights, colour, capsys):
     assert cli.main(["upscale", source, "-o", str(target), "--model", weights, "--scale", "3"]) == 0
     expected = fastsr.upscale(colour, weights, scale=3)
     np.testing.assert_array_equal(np.asarray(io.read_image(target)), expected)
-    printed = capsys.readouterr().out
-    assert f"{source} (7x5) -> {target} (21x15): CARN x3 on " in printed and "backend " in printed
+    said, end = map(json.loads, capsys.readouterr().out.splitlines())
+    assert said.items() >= {"event": "done", "input": source, "output": str(target), "size": [21, 15]}.items()
+    assert said.items() >= {"network": "CARN", "scale": 3, "notes": []}.items() and "eager" in said["backends"]
+    assert end == {"event": "end", "done": 1, "skipped": 0, "failed": 0, "all": 1}
 
 
 def test_cli_folders_and_bad_inputs(tmp_path, weights, colour, gray, capsys):
@@ -456,7 +459,7 @@ def test_cli_folders_and_bad_inputs(tmp_path, weights, colour, gray, capsys):
     extra = _write(tmp_path, "c.jpg", gray)
     command = ["upscale", str(tmp_path / "in"), extra, "-o", str(tmp_path / "new" / "out"), "--model", weights]
     assert cli.main([*command, "--scale", "2"]) == 1
-    assert sorted(os.listdir(tmp_path / "new" / "out")) == ["a.png", "b.png", "c.jpg"]
+    assert sorted(os.listdir(tmp_path / "new" / "out")) == [journal.NAME, "a.png", "b.png", "c.jpg"]
     assert io.read_image(tmp_path / "new" / "out" / "b.png").mode == "L"
     complaint = capsys.readouterr().err
     assert "bad.png: cannot be read" in complaint and "1 of 4 not done" in complaint
@@ -474,6 +477,14 @@ def test_cli_folders_and_bad_inputs(tmp_path, weights, colour, gray, capsys):
         (["a.png", "-o", "text"], "expected a folder, or a file"),
         (["a.png", "-o", "out", "--scale", "4"], "has the scales 2, 3, got 4"),
         (["a.png", "-o", "out", "--scale", "0"], "has the scales 2, 3, got 0"),
+        (["a.png", "-o", "out", "--scale", "nan"], "has the scales 2, 3, got nan"),
+        (["-o", "out"], "no image to enlarge"),
+        (["a.png", "-o", "out.png", "--resume"], "--resume needs a folder"),
+        (["a.png", "-o", "out.png", "--suffix", "x"], "a suffix and an extension are for a folder"),
+        (["a.png", "-o", "out", "--suffix", "../x"], "expected part of a file's name"),
+        (["a.png", "-o", "out", "--device", "abacus"], "abacus"),
+        (["a.png", "-o", "out", "--iterations", "3"], "--iterations are for zssr"),
+        (["a.png", "-o", "out", "--model", "zssr", "--fp32"], "--dtype is for networks with weights"),
         (["a.png", "-o", "out", "--model", "missing.pth"], "missing.pth"),
         (["a.png", "-o", "out", "--model", "text"], "text"),
     ],
@@ -500,7 +511,9 @@ def test_cli_zssr_shows_its_progress(tmp_path, gray, capsys):
     source = _write(tmp_path, "in.png", gray)
     assert cli.main(["upscale", source, "-o", str(tmp_path / "out.png"), "--iterations", "2"]) == 0
     captured = capsys.readouterr()
-    assert "ZSSR x2 on " in captured.out and "2 of at most 2 iterations" in captured.err
+    first, last, done, _ = map(json.loads, captured.out.splitlines())
+    assert first["event"] == last["event"] == "progress" and (first["share"], last["share"]) == (0.5, 1.0)
+    assert "2 of at most 2 iterations" in last["words"] and done["network"] == "ZSSR" and captured.err == ""
     assert io.read_image(tmp_path / "out.png").size == (14, 10)
 
 
