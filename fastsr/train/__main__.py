@@ -33,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = read_config(args.config, **changes)
         if several:
             cuda = args.device is None and torch.cuda.is_available()
+            if cuda:
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if cuda else "gloo")
         trainer = Trainer(config, device=args.device, resume=args.resume)
         first = trainer.rank == 0

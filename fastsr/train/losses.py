@@ -1,8 +1,9 @@
 """The losses a configuration can name. Every one is a module in the registry `LOSSES`; the trainer knows none of them.
 
 A loss that learns (an adversarial one, with its discriminator and that one's optimiser) overrides `prepare`, which the
-trainer calls before each update of the network, and keeps its optimiser's state by `get_extra_state` and
-`set_extra_state`; parameters and buffers are in the checkpoint anyway. One that needs a feature network (a perceptual
+trainer calls before each update of the network, clears its gradients there, which the network's update leaves behind,
+and keeps its optimiser's state by `get_extra_state` and `set_extra_state`; parameters and buffers are in the checkpoint
+anyway. One that needs a feature network (a perceptual
 one) loads it in its constructor from a file named in its settings.
 """
 

@@ -212,7 +212,7 @@ class Trainer:
             "losses": self.losses.state_dict(),
             "average": None if self.average is None else self.average.values,
             "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state() if self.device.type == "cuda" else None,
+            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
         }
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -242,7 +242,7 @@ class Trainer:
         self.step, self.seconds, self.collected = state["step"], state["seconds"], state["collected"]
         torch.set_rng_state(state["random"].cpu())
         if state["random_cuda"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"].cpu())
+            torch.cuda.set_rng_state(state["random_cuda"].cpu(), self.device)
 
     def _network(self) -> Network:
         shape = dict(self.config.network)
