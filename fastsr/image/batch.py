@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -209,17 +210,19 @@ def _entry(job: Job, work: Work, folder: Path | None) -> Entry:
 def _one(
     job: Job, work: Work, entry: Entry, journal: Journal | None, signals: _Signals, tell: Callable[..., None]
 ) -> Event:
-    started = time.perf_counter()
-    picture = io.read(job.source)
-    if file_digest(job.source) != entry.input:
-        raise OSError(f"{job.source}: changed while it was being read; run again")
-    pixels = picture.pixels[..., 0] if picture.pixels.shape[2] == 1 else picture.pixels
-    made: list[Any] = []
-
     def progress(share: float, words: str) -> None:
         tell("progress", job, share=share, words=words)
 
-    calls = explain(lambda: made.append(work.enlarge(pixels, progress)))
+    started = time.perf_counter()
+    made: list[Any] = []
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        picture = io.read(job.source)
+        if file_digest(job.source) != entry.input:
+            raise OSError(f"{job.source}: changed while it was being read; run again")
+        pixels = picture.pixels[..., 0] if picture.pixels.shape[2] == 1 else picture.pixels
+        calls = explain(lambda: made.append(work.enlarge(pixels, progress)))
+    heard = dict.fromkeys(str(w.message) for w in warned if issubclass(w.category, (UserWarning, RuntimeWarning)))
     larger = made[0][..., None] if made[0].ndim == 2 else made[0]
     encoded, notes = io.encode(job.target, replace(picture, pixels=larger))
     with signals.held():
@@ -234,7 +237,7 @@ def _one(
         **work.about,
         "backends": sorted({call.backend for call in calls}),
         "seconds": round(time.perf_counter() - started, 3),
-        "notes": [*picture.notes, *notes],
+        "notes": [*picture.notes, *heard, *notes],
     }
 
 
