@@ -29,8 +29,8 @@ def exif(orientation: int = 1) -> bytes:
     data = Image.Exif()
     data[0x0112] = orientation
     data[271] = "A camera"
-    data.get_ifd(34665)[0x829A] = 0.125  # exposure time
-    data.get_ifd(34853)[1] = "N"
+    data[34665] = {0x829A: 0.125}  # exposure time
+    data[34853] = {1: "N"}  # of the equator
     return data.tobytes()
 
 

@@ -419,11 +419,6 @@ def _tiff(pixels: np.ndarray, held: dict[str, Any]) -> bytes:
     return buffer.getvalue() + strip
 
 
-def write_image(path: str | os.PathLike[str], image: Image.Image) -> None:
-    """`write` of a PIL image and its colour profile."""
-    write(path, Picture(pixels_of(image), icc=image.info.get("icc_profile") or None))
-
-
 def write_atomically(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Writes data to path so that any reader, at any time, finds the old file or the whole new one, and that it stays
     there once this returned, whatever happens to the machine.
