@@ -188,8 +188,16 @@ def _replace(args: Sequence[Any], tensors: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def _switches() -> tuple[Any, ...]:
-    """The global switches that a backend's reason may read."""
-    return torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+    """The global switches that a backend's reason may read: determinism, and how float32 may be rounded.
+
+    `torch.get_float32_matmul_precision` raises where a program has set the precision of one backend alone; the getter
+    below answers whichever way it was set.
+    """
+    precision = torch._C._get_fp32_precision_getter
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        *(precision(device, kind) for device in ("cuda", "mkldnn") for kind in ("matmul", "conv")),
+    )
 
 
 def _key(value: Any) -> Any:
@@ -298,9 +306,7 @@ class Op(Generic[P, R]):
     # Dispatch.
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Any, ...]:
-        if (
-            not kwargs and len(args) >= self._required
-        ):  # the dispatcher drops trailing arguments that equal their default
+        if not kwargs and len(args) >= self._required:  # the dispatcher drops trailing arguments equal to their default
             return (*args, *self._defaults[len(args) :])
         bound = self._signature.bind(*args, **(kwargs or {}))
         bound.apply_defaults()
@@ -387,8 +393,12 @@ class Op(Generic[P, R]):
                 tensors = [t.detach().requires_grad_(n) for t, n in zip(tensors, needs, strict=True)]
             result: Any = self.eager(*_replace(args, tensors))  # type: ignore[call-arg]
             results = result if isinstance(result, tuple) else (result,)
+            pairs = [(r, g) for r, g in zip(results, grads, strict=True) if r.requires_grad]
             wanted = [t for t, n in zip(tensors, needs, strict=True) if n]
-            made = torch.autograd.grad(results, wanted, list(grads), allow_unused=True, create_graph=create_graph)
+            if not pairs:
+                return [torch.zeros_like(t) for t in wanted]
+            outputs, given = zip(*pairs, strict=True)
+            made = torch.autograd.grad(outputs, wanted, given, allow_unused=True, create_graph=create_graph)
         return [torch.zeros_like(t) if g is None else g for g, t in zip(made, wanted, strict=True)]
 
     def _register_autograd(self) -> None:
@@ -418,9 +428,7 @@ class Op(Generic[P, R]):
 
         def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
             args = _replace(ctx.template, ctx.saved_tensors)
-            given = (
-                ctx.needs_input_grad
-            )  # one entry an argument; trailing arguments that equal their default are absent
+            given = ctx.needs_input_grad  # one entry an argument, without the trailing ones that equal their default
             needs: list[bool] = []
             for a, need in zip(args, given, strict=False):
                 needs.extend(need if _is_list(a) else [need] if isinstance(a, Tensor) else [])

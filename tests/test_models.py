@@ -140,7 +140,15 @@ def test_load_reads_files_wrappings_and_modules(tmp_path):
         assert not loaded.training and all(torch.equal(v, expected[k]) for k, v in loaded.state_dict().items())
     theirs = torch.nn.DataParallel(fastsr.load(state, dtype=torch.float64))
     assert fastsr.load(theirs).dtype == torch.float64
+    assert fastsr.load(torch.compile(theirs)).dtype == torch.float64
+    assert fastsr.load({f"_orig_mod.{k}": v for k, v in half.items()}).config == theirs.module.config
     assert fastsr.load(half).dtype == torch.float32 and fastsr.load(half, dtype=torch.float16).dtype == torch.float16
+
+
+def test_a_wrapped_module_says_what_no_file_does():
+    model = fastsr.create("idn", scale=3)
+    for wrapped in (torch.nn.DataParallel(model), torch.compile(model), torch.compile(torch.nn.DataParallel(model))):
+        assert fastsr.load(wrapped).config == model.config
 
 
 def test_loading_copies_and_leaves_the_random_state_alone():

@@ -41,7 +41,19 @@ def _(parts, unused, times):
     return torch.empty_like(parts[0]), torch.empty_like(parts[0], dtype=torch.float64)
 
 
-for planted in (planted_scale, planted_split):
+@op
+def planted_argmax(x: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(2 x, where it is largest, other squared)."""
+    return x * 2, x.argmax(1), other * other
+
+
+@planted_argmax.alloc
+def _(x, other):
+    n, _, h, w = x.shape
+    return torch.empty_like(x), x.new_empty((n, h, w), dtype=torch.int64), torch.empty_like(other)
+
+
+for planted in (planted_scale, planted_split, planted_argmax):
     del OPS[planted.name]  # not fastsr's: the tests over all operators leave them out
 
 
@@ -182,6 +194,35 @@ def test_an_argument_the_result_does_not_depend_on_gets_a_zero_gradient():
     x, unused = torch.randn(1, 1, 2, 2, requires_grad=True), torch.randn(3, requires_grad=True)
     planted_split([x], unused)[0].sum().backward()
     assert unused.grad is None or not unused.grad.any()
+
+
+def test_results_without_a_gradient_leave_those_of_the_others():
+    x, other = (torch.randn(1, 3, 2, 2, dtype=torch.double, requires_grad=True) for _ in range(2))
+    doubled, where, _ = planted_argmax(x, other.detach())  # the third result depends on nothing that needs a gradient
+    assert not where.requires_grad
+    (made,) = torch.autograd.grad(doubled.sum(), x)
+    assert torch.equal(made, torch.full_like(x, 2))
+    made, none = torch.autograd.grad(planted_argmax(x, other)[2].sum(), (other, x), allow_unused=True)
+    assert torch.equal(made, 2 * other) and (none is None or not none.any())
+    assert set(torch.library.opcheck(planted_argmax.default, (x, other.detach())).values()) == {"SUCCESS"}
+
+
+def test_plans_follow_the_precision_of_float32_however_it_is_set():
+    seen = []
+    planted_scale.backends(cpu=Backend(lambda *args: seen.append(args) or "only looking", fill_with(0)))
+    conv = torch.backends.mkldnn.conv
+    matmul, before = torch.get_float32_matmul_precision(), conv.fp32_precision
+    try:
+        planted_scale(IMAGE)
+        torch.set_float32_matmul_precision("medium" if matmul == "highest" else "highest")
+        planted_scale(IMAGE)
+        conv.fp32_precision = "bf16"  # from here on torch.get_float32_matmul_precision may raise
+        planted_scale(IMAGE)
+    finally:
+        conv.fp32_precision = before
+        torch.set_float32_matmul_precision(matmul)
+        planted_scale.backends()
+    assert len(seen) == 3
 
 
 def test_explain_lists_the_calls_of_a_whole_network():

@@ -57,6 +57,9 @@ NETWORKS: tuple[type[Network], ...] = (
 )
 """Every network, in the order in which `load` considers them."""
 
+PREFIXES = ("module.", "_orig_mod.")
+"""What nn.DataParallel and torch.compile put in front of every key."""
+
 HINTS = tuple(sorted({field for network in NETWORKS for field in network.Config.__dataclass_fields__}))
 """What `load` accepts as a hint for any network: every field of every configuration."""
 
@@ -96,7 +99,7 @@ def load(
 
     source: a file of any format in `fastsr.checkpoints.FORMATS`; a state dict; or a module (somebody's implementation,
         also wrapped by spandrel), whose state dict is read. Wrappings under `params_ema`, `params`, `state_dict` or
-        `model` and the prefix `module.` are taken off.
+        `model`, nn.DataParallel's prefix `module.` and torch.compile's `_orig_mod.` are taken off.
     device, dtype: of the result. Default: a module's own; else the CPU and float32.
     hints: fields of the networks' configurations (`rgb_range`, `img_range`, `res_scale`, `scale`, ...). Each is used by
         a network that has it and whose file cannot say it (`Network.hints`), and has no effect otherwise. Where no
@@ -161,11 +164,16 @@ def interpolate(
 
 
 def _module_of(source: Any) -> nn.Module | None:
-    """The module that a source is or wraps (spandrel's descriptors hold theirs as `model`)."""
-    if isinstance(source, nn.Module):
-        return source
-    wrapped = getattr(source, "model", None)
-    return wrapped if isinstance(wrapped, nn.Module) else None
+    """The module that a source is or wraps: spandrel's descriptors hold theirs as `model`; nn.DataParallel and
+    torch.compile have theirs as the only child, whose name is in front of every key."""
+    module = source if isinstance(source, nn.Module) else getattr(source, "model", None)
+    if not isinstance(module, nn.Module):
+        return None
+    while True:
+        children = dict(module.named_children())
+        if list(children) not in (["module"], ["_orig_mod"]):
+            return module
+        (module,) = children.values()
 
 
 @dataclass(frozen=True)
@@ -277,8 +285,8 @@ def unwrap(content: Mapping[str, Any], origin: str) -> State:
     state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
     if not state:
         raise LoadError(f"load: {origin}: expected a state dict; found {_some(list(content))} and no tensor among them")
-    while all(k.startswith("module.") for k in state):
-        state = {k.removeprefix("module."): v for k, v in state.items()}
+    while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
+        state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
 
 
