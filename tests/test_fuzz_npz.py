@@ -56,13 +56,13 @@ def survives(path: Path, data: bytes) -> None:
     assert peak < 2 * SMALL + 100 * len(data)
 
 
-@settings(max_examples=4000, **SETTINGS)
+@settings(max_examples=3000, **SETTINGS)
 @given(which=st.integers(0, len(FILES) - 1), steps=mutations)
 def test_damaged_files(path, which, steps):
     survives(path, mutate(FILES[which], steps))
 
 
-@settings(max_examples=6000, **SETTINGS)
+@settings(max_examples=4000, **SETTINGS)
 @given(which=st.integers(0, len(ARRAYS) - 1), steps=mutations, packed=st.booleans())
 def test_damaged_arrays_in_right_archives(path, which, steps, packed):
     data = mutate(ARRAYS[which], steps)

@@ -89,13 +89,13 @@ def survives(path: Path, data: bytes) -> None:
     assert peak < 200_000 + 100 * len(data)
 
 
-@settings(max_examples=2500, **SETTINGS)
+@settings(max_examples=2000, **SETTINGS)
 @given(which=st.integers(0, len(FILES) - 1), steps=mutations)
 def test_damaged_files(path, which, steps):
     survives(path, mutate(FILES[which], steps))
 
 
-@settings(max_examples=5000, **SETTINGS)
+@settings(max_examples=3500, **SETTINGS)
 @given(which=st.integers(0, len(PROGRAMS) - 1), steps=mutations, layout=st.sampled_from((zipped, legacy, tarred)))
 def test_damaged_pickles_in_right_layouts(path, which, steps, layout):
     program = mutate(PROGRAMS[which], steps)
@@ -115,7 +115,7 @@ OPCODES = (
 )
 
 
-@settings(max_examples=5000, **SETTINGS)
+@settings(max_examples=3500, **SETTINGS)
 @given(parts=st.lists(st.sampled_from(OPCODES), max_size=40), start=st.sampled_from((b"", b"}", A, b"}(", b"](")))
 def test_any_instructions(path, parts, start):
     survives(path, zipped(b"\x80\x02" + start + b"".join(parts) + b".", {"0": FLOATS.tobytes()}))

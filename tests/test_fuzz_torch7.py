@@ -61,7 +61,7 @@ def survives(path: Path, data: bytes) -> None:
     assert peak < 200_000 + 100 * len(data)
 
 
-@settings(max_examples=5000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=4000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(which=st.integers(0, len(FILES) - 1), steps=mutations)
 def test_damaged_files(path, which, steps):
     survives(path, mutate(FILES[which], steps))
