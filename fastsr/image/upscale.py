@@ -4,9 +4,10 @@ How pixels go through a network, where papers leave a choice:
 
 * 8-bit results are clamped to 0..255 and rounded to the nearest integer, halves up; 16-bit ones likewise to 0..65535.
 * A scale that the network has not: the next larger one that it has, then the cubic `imresize`.
-* Alpha goes through the network as a gray image, and colours premultiplied by it, which are divided by the larger alpha
-  again: so no colour of invisible pixels gets into visible ones, and edges of both coincide. Where alpha is constant
-  around a pixel it stays exactly so, and an image that is equally opaque everywhere takes one pass only.
+* An image with alpha goes through the network twice: over black, which is premultiplied colours, and over white. What
+  the results differ by is 1 - alpha, and colours are those over black divided by that alpha. So no colour of invisible
+  pixels gets into visible ones, and over either ground the result is what the network makes of such an image. Where
+  alpha is constant around a pixel it stays exactly so; an image that is equally opaque everywhere takes one pass only.
 * A network of luma (`colour == "y"`) gets MATLAB's BT.601 luma of a colour image, and the chroma is enlarged by the
   cubic `imresize`; a gray image is given to it as it is.
 * A network of RGB gets a gray image as three equal channels, and its output is turned into gray by
@@ -261,7 +262,8 @@ def _with_alpha(values: Tensor, enlarge: Callable[[Tensor], Tensor], smallest: f
     if bool((alpha == alpha[:, :, :1, :1]).all()):
         larger = enlarge(colour)
         return torch.cat([larger, alpha[:, :, :1, :1].to(larger).expand(-1, -1, *larger.shape[2:])], dim=1)
-    larger, covered = enlarge(colour * alpha), enlarge(alpha)
+    larger = enlarge(colour * alpha)
+    covered = (1 + larger - enlarge(colour * alpha + (1 - alpha))).mean(1, keepdim=True)
     low, high = -F.max_pool2d(-alpha, 5, 1, 2), F.max_pool2d(alpha, 5, 1, 2)  # as far as cubic interpolation looks
     low, high = (F.interpolate(x.to(covered), size=covered.shape[2:], mode="nearest") for x in (low, high))
     covered = torch.where(low == high, low, covered)
