@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io as memory
+import random
 import struct
 import zlib
 
@@ -263,6 +264,31 @@ def test_truncated_files_are_damaged_and_never_gray_below(tmp_path, extension, d
         (tmp_path / f"cut{extension}").write_bytes(data[: int(len(data) * share)])
         with pytest.raises(OSError, match=f"cut{extension}: cannot be read as an image: ."):
             io.read(tmp_path / f"cut{extension}")
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's on metadata; the damage here is random
+def test_whatever_the_damage_the_error_names_the_file(tmp_path):
+    """Bytes of good files changed, left out and put in: 300 files that are read, or raise one of two errors."""
+    choose = random.Random(0)
+    good = {}
+    for extension in EXTENSIONS:
+        good[extension] = io.encode(f"a{extension}", Picture(made(3, height=20), PROFILE, exif(6), (72.0, 72.0)))[0]
+    raised = 0
+    for _ in range(300):
+        extension = choose.choice(EXTENSIONS)
+        data = bytearray(good[extension])
+        for _ in range(choose.choice((1, 4, 16))):
+            place = choose.randrange(min(len(data), choose.choice((40, 400, len(data)))))
+            data[place : place + choose.choice((0, 1, 1, 4))] = choose.choice((b"\xff" * 4, b"\0", choose.randbytes(1)))
+        path = tmp_path / f"a{extension}"
+        path.write_bytes(data)
+        try:
+            io.read_header(path)
+            assert io.read(path).pixels.size > 0
+        except (OSError, io.Unsupported) as error:
+            assert str(path) in str(error)
+            raised += 1
+    assert 50 < raised < 300
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"])
