@@ -12,17 +12,15 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class _CastInputs:
-    """Forward pre-hook: floating-point tensors arrive in the module's dtype, whatever the caller has."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    """Forward pre-hook: floating-point tensors arrive in the dtype that the module's parameters have by then."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        return tuple(self.cast(a) for a in args), {k: self.cast(v) for k, v in kwargs.items()}
+        dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
 
-    def cast(self, value: Any) -> Any:
-        """The value in the module's dtype if it is a floating-point tensor."""
-        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        def cast(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return tuple(cast(a) for a in args), {k: cast(v) for k, v in kwargs.items()}
 
 
 def optimize(model: Module, *, dtype: torch.dtype | None = None) -> Module:
@@ -40,5 +38,5 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None) -> Module:
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     if dtype is not None:
         frozen = frozen.to(dtype)
-        frozen.register_forward_pre_hook(_CastInputs(dtype), with_kwargs=True)
+        frozen.register_forward_pre_hook(_CastInputs(), with_kwargs=True)
     return frozen

@@ -59,11 +59,8 @@ def _along(
         result = enlarge([_strip(source, cells, middle, multiple, axis) for source in sources])
         touched = torch.isnan(result).flatten(0, 1).any(0).any(3 - axis)
         touched = touched[: cells * multiple * scale].view(cells, -1).any(1).nonzero().flatten().tolist()
-        if not touched:
-            raise RuntimeError("receptive field: the result does not depend on the image; the network cannot be tiled")
-        first, last = touched[0], touched[-1]
-        if first > 0 and last < cells - 1:  # neither end is touched, so this is all
-            radius = multiple * max(middle - first, last - middle)
+        if touched and touched[0] > 0 and touched[-1] < cells - 1:  # neither end is, so this is all
+            radius = multiple * max(middle - touched[0], touched[-1] - middle)
             return radius if radius <= limit else None
         if multiple * middle > limit:
             return None

@@ -12,12 +12,15 @@ How pixels go through a network, where papers leave a choice:
   cubic `imresize`; a gray image is given to it as it is.
 * A network of RGB gets a gray image as three equal channels, and its output is turned into gray by
   0.299 R + 0.587 G + 0.114 B.
-* A result that holds NaN or infinity raises FloatingPointError: it would be stored as black or white pixels.
+* What holds NaN or infinity in half precision is computed again in float32, with a warning; a result that still does
+  raises FloatingPointError: it would be stored as black or white pixels.
+* Large images go through the network in tiles, see `fastsr.image.tiles`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -28,16 +31,17 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from fastsr.image import io
-from fastsr.image.colour import rgb_to_gray, rgb_to_ycbcr, ycbcr_to_rgb
+from fastsr.image import io, tiles
+from fastsr.image.passes import Pass
 from fastsr.image.resize import imresize, scaled_shape
 from fastsr.models import Network, load
-from fastsr.models.sftgan import OutdoorSceneSeg, SFTNet, condition
+from fastsr.models.sftgan import OutdoorSceneSeg, SFTNet
 
 if TYPE_CHECKING:
     from fastsr.train.zssr import ZSSRConfig
 
 ImageLike = TypeVar("ImageLike", np.ndarray, Image.Image, Tensor)
+Convert = Callable[[Tensor], Tensor]
 
 MAX_PIXELS = 2**27  # of a result: 11585 x 11585. Beyond, the feature maps of no network here fit a usual machine
 ZSSR = "zssr"  # needs no file: it learns from the image itself
@@ -52,6 +56,12 @@ def upscale(
     segmentation: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str] | None = None,
     config: ZSSRConfig | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    tile: int | str | None = tiles.AUTO,
+    tile_pad: int | str | None = None,
+    self_ensemble: bool = False,
+    deterministic: bool = False,
 ) -> ImageLike:
     """Enlarges an image by `scale`; the result is of the same kind, depth and colour type as the input.
 
@@ -67,48 +77,73 @@ def upscale(
     segmentation: for SFTGAN, and needed by it: the outdoor scene segmentation network, as `fastsr.load` returns or
         accepts it, which says what is where in the image.
     config, progress: settings of ZSSR, and what it calls after every iteration (`fastsr.train.zssr.zssr`).
-    Raises TypeError or ValueError, before any work, for an image, model or scale that is not one of these or a result
-    of more than MAX_PIXELS pixels, and FloatingPointError for a result that is not finite.
+    device, dtype: where and in which dtype to compute; a network that is elsewhere, or in another, is copied. Default:
+        as said for `model`.
+    tile: the largest side, in pixels of the image, of the parts in which it goes through the network; None is the whole
+        image at once. "auto" is that too where it fits into free memory, else the largest parts that do; when memory
+        runs out nevertheless, with a warning, smaller ones.
+    tile_pad: pixels of the neighbourhood that each part is computed with. "exact" is as far as the network looks, and
+        so is None but for ESRGAN and RDN, which look hundreds of pixels far: 32, see `fastsr.image.tiles.halo`.
+    self_ensemble: the mean of the eight results for the image turned and mirrored, each turned back (EDSR's "+").
+    deterministic: the same bits whatever the order of tiles, how many fit at once and how much memory is free.
+    Raises TypeError or ValueError, before any work, for an image, model or scale that is not one of these, a result of
+    more than MAX_PIXELS pixels, or options that do not go together; FloatingPointError for a result that is not finite;
+    MemoryError where not even small tiles fit.
     """
     height, width = image_size(image)
+    tiles.check(tile, tile_pad)
     if isinstance(model, str) and model == ZSSR:
         if segmentation is not None:
             raise TypeError("upscale: segmentation is for SFTGAN, not for ZSSR")
+        if (
+            dtype is not None
+            or tile not in (None, tiles.AUTO)
+            or tile_pad is not None
+            or self_ensemble
+            or deterministic
+        ):
+            raise TypeError(
+                "upscale: dtype, tile, tile_pad, self_ensemble and deterministic are for trained networks; ZSSR learns "
+                "from the whole image, in float32, and averages turned images itself"
+            )
         factor, scale = next_scale("ZSSR", ZSSR_SCALES, ZSSR_SCALES[0] if scale is None else scale)
-        values = _to_tensor(image, torch.float32).to(default_device(image))
+        values = _to_tensor(image, torch.float32).to(device or default_device(image))
 
-        def through(x: Tensor) -> Tensor:
-            return _learn(x, factor, config, progress)
+        def through(x: Tensor, convert: Convert) -> Tensor:
+            return convert(_learn(x, factor, config, progress))
     else:
         if config is not None or progress is not None:
             raise TypeError('upscale: config and progress are for model="zssr"; other networks make one pass')
-        network = as_network(model)
+        network = as_network(model, device, dtype)
         factor, scale = next_scale(type(network).__name__, network.scales, scale)
-        seen = as_segmentation(network, segmentation)
-        # Colour arithmetic in half precision would show.
-        values = _to_tensor(image, torch.promote_types(network.dtype, torch.float32)).to(network.device)
+        steps = Pass(network, factor, as_segmentation(network, segmentation))
+        values = _to_tensor(image, steps.dtype).to(network.device)
 
-        def through(x: Tensor) -> Tensor:
-            return enlarge(network, x, factor, seen)
+        def through(x: Tensor, convert: Convert) -> Tensor:
+            if self_ensemble:
+                return convert(
+                    _turned_mean(lambda turned: _in_parts(steps, turned, _same, tile, tile_pad, deterministic), x)
+                )
+            return _in_parts(steps, x, convert, tile, tile_pad, deterministic)
 
     check_size(height, width, factor)
+    peak = 65535 if _is_deep(image) else 255
+
+    def levels(x: Tensor) -> Tensor:
+        return _to_levels(x, image)
 
     def resized(x: Tensor) -> Tensor:
-        result = through(x)
-        if not torch.isfinite(result).all():
-            bad = int((~torch.isfinite(result)).sum())
-            raise FloatingPointError(
-                f"upscale: {bad} of {result.numel()} values of the result are not finite; "
-                "use a wider dtype, as in model.float(), or check the weights"
-            )
-        if scale == factor:
-            return result
-        return imresize(result, scale / factor, shape=scaled_shape(height, width, scale))
+        result = through(x, _same)
+        return imresize(result, scale / factor, shape=scaled_shape(height, width, scale)) if scale != factor else result
 
-    with torch.no_grad():
-        peak = 65535 if _is_deep(image) else 255
-        result = resized(values) if values.shape[1] in (1, 3) else _with_alpha(values, resized, smallest=0.5 / peak)
-        return cast(ImageLike, _from_tensor(result.clamp(0, 1), image))
+    with torch.no_grad(), _repeatable(deterministic):
+        if values.shape[1] not in (1, 3):
+            result = levels(_with_alpha(values, resized, smallest=0.5 / peak))
+        elif scale != factor:
+            result = levels(resized(values))
+        else:
+            result = through(values, levels)  # rounded part by part: never are all of the result's values in memory
+        return cast(ImageLike, _from_levels(result, image))
 
 
 def image_size(image: np.ndarray | Image.Image | Tensor) -> tuple[int, int]:
@@ -141,12 +176,20 @@ def image_size(image: np.ndarray | Image.Image | Tensor) -> tuple[int, int]:
     return height, width
 
 
-def as_network(model: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str]) -> Network:
-    """The model itself, or what `fastsr.load` makes of it. Raises TypeError when that does not enlarge images."""
-    loaded = model if isinstance(model, Network) else load(model)
+def as_network(
+    model: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Network:
+    """The model itself, or what `fastsr.load` makes of it, or a copy if it is on another device or of another dtype.
+    Raises TypeError when that does not enlarge images."""
+    loaded = model if isinstance(model, Network) else load(model, device=device, dtype=dtype)
     if not isinstance(loaded, Network) or not loaded.scales:
         raise TypeError(f"model: expected a network that enlarges images, got {type(loaded).__name__}")
-    return loaded
+    there = torch.empty(0, device=device or loaded.device).device  # "cuda" is "cuda:0", or whichever is current
+    if (there, dtype or loaded.dtype) == (loaded.device, loaded.dtype):
+        return loaded
+    return copy.deepcopy(loaded).to(device=there, dtype=dtype)
 
 
 def as_segmentation(
@@ -212,35 +255,64 @@ def _learn(
 ) -> Tensor:
     from fastsr.train.zssr import zssr  # here because training is not needed by anything else
 
-    return torch.cat([zssr(one, scale, config=config, progress=progress) for one in values.split(1)])
+    result = torch.cat([zssr(one, scale, config=config, progress=progress) for one in values.split(1)])
+    if not torch.isfinite(result).all():
+        bad = int((~torch.isfinite(result)).sum())
+        raise FloatingPointError(f"upscale: {bad} of {result.numel()} values of the result are not finite")
+    return result
 
 
 def enlarge(
     network: Network, image: np.ndarray | Image.Image | Tensor, scale: int, segmentation: OutdoorSceneSeg | None
 ) -> Tensor:
     """What `upscale` makes, unchecked and not clamped: (N, C, H * scale, W * scale), C as in the image, values 0..1 and
-    beyond, at least float32. A tensor may hold values beyond 0..1 too."""
-    wide = torch.promote_types(network.dtype, torch.float32)  # colour arithmetic in half precision would show
-    values = _to_tensor(image, wide).to(network.device)
-    low, high = network.value_range
-
-    def through(x: Tensor) -> Tensor:
-        inputs = {}
-        if segmentation is not None:
-            seen = condition(segmentation, x.to(segmentation.device, segmentation.dtype))
-            inputs["condition"] = seen.to(network.device, network.dtype)
-        y = network.super_resolve((x * (high - low) + low).to(network.dtype), scale, **inputs)
-        return (y.to(wide) - low) / (high - low)
-
+    beyond, at least float32. A tensor may hold values beyond 0..1 too. The whole image goes through at once."""
+    steps = Pass(network, scale, segmentation)
+    values = _to_tensor(image, steps.dtype).to(network.device)
     with torch.inference_mode(), _evaluating(network), _evaluating(segmentation or nn.Identity()):
-        gray = values.shape[1] == 1
-        if network.colour == "y":
-            if gray:
-                return through(values)
-            ycbcr = rgb_to_ycbcr(values)
-            luma, chroma = ycbcr[:, :1], ycbcr[:, 1:]
-            return ycbcr_to_rgb(torch.cat([through(luma), imresize(chroma, scale)], dim=1))
-        return rgb_to_gray(through(values.expand(-1, 3, -1, -1))) if gray else through(values)
+        return steps.finish(steps.begin(values))
+
+
+def _in_parts(
+    steps: Pass, values: Tensor, convert: Convert, tile: int | str | None, pad: int | str | None, deterministic: bool
+) -> Tensor:
+    """All parts, each converted, put together on the network's device."""
+    shape = (*values.shape[:2], *(size * steps.scale for size in values.shape[2:]))
+    like = convert(values.new_empty(0, *shape[1:]))
+    whole = like.new_empty(shape)
+    with torch.inference_mode(), _evaluating(steps.network), _evaluating(steps.segmentation or nn.Identity()):
+        for core, result in tiles.parts(steps, values, tile, pad, deterministic):
+            whole[core.scaled(steps.scale)] = convert(result)
+    return whole
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
+
+
+def _turned_mean(enlarge: Convert, values: Tensor) -> Tensor:
+    """The mean over the eight ways to turn and mirror an image, of what is enlarged then, turned back."""
+    total: Tensor | None = None
+    for transposed in (False, True):
+        for flips in ((), (2,), (3,), (2, 3)):
+            turned = values.mT if transposed else values
+            result = enlarge(turned.flip(flips).contiguous()).flip(flips)
+            result = result.mT if transposed else result
+            total = result.contiguous() if total is None else total.add_(result)
+    return total.div_(8)
+
+
+@contextlib.contextmanager
+def _repeatable(deterministic: bool) -> Iterator[None]:
+    """On CUDA, keeps cuDNN from algorithms whose sums vary from run to run, and from choosing them by stopwatch."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    if deterministic:
+        cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 @contextlib.contextmanager
@@ -289,14 +361,21 @@ def _is_deep(image: np.ndarray | Image.Image | Tensor) -> bool:
     return image.mode.startswith("I") if isinstance(image, Image.Image) else image.dtype == np.uint16
 
 
-def _from_tensor(values: Tensor, like: np.ndarray | Image.Image | Tensor) -> np.ndarray | Image.Image | Tensor:
-    """The reverse of `_to_tensor`, of the kind and depth of `like`."""
+def _to_levels(values: Tensor, like: np.ndarray | Image.Image | Tensor) -> Tensor:
+    """Values clamped to 0..1: in the dtype of a tensor `like`; else as levels of its depth, rounded, halves up."""
+    values = values.clamp(0, 1)
     if isinstance(like, Tensor):
-        return values.to(like)
+        return values.to(like.dtype)
     deep = _is_deep(like)
-    peak = 65535 if deep else 255
-    levels = torch.floor(values[0] * peak + 0.5).to(torch.int32 if deep else torch.uint8)
-    pixels = levels.permute(1, 2, 0).contiguous().cpu().numpy().astype(np.uint16 if deep else np.uint8, copy=False)
+    return torch.floor(values * (65535 if deep else 255) + 0.5).to(torch.int32 if deep else torch.uint8)
+
+
+def _from_levels(levels: Tensor, like: np.ndarray | Image.Image | Tensor) -> np.ndarray | Image.Image | Tensor:
+    """An image of the kind and depth of `like` from what `_to_levels` made."""
+    if isinstance(like, Tensor):
+        return levels.to(like.device)
+    pixels = levels[0].permute(1, 2, 0).contiguous().cpu().numpy()
+    pixels = pixels.astype(np.uint16 if _is_deep(like) else np.uint8, copy=False)
     if isinstance(like, np.ndarray):
         return pixels[..., 0] if like.ndim == 2 else pixels
     made = io.image_of(pixels)
