@@ -299,11 +299,12 @@ class _Report:
 
     def __call__(self, event: Event) -> None:
         kind = event["event"]
-        if kind == "progress":
-            tenth = (event["input"], int(event["share"] * 10))
+        if kind in ("start", "progress"):
+            share, words = event.get("share", 0.0), f": {event['words']}" if "words" in event else ""
             if self.bar:
-                self._draw(event["share"], f"{Path(event['input']).name}: {event['words']}")
-            if self.json and tenth != self.tenths:
+                self._draw(share, f"{Path(event['input']).name}{words}")
+            tenth = (event["input"], int(share * 10))
+            if self.json and kind == "progress" and tenth != self.tenths:
                 self._line(event)
             self.tenths = tenth
             return
@@ -327,8 +328,6 @@ class _Report:
             self._end(event)
         else:
             self.finished += 1
-            if self.bar:
-                self._draw(0.0, "")
 
     def _line(self, event: Event) -> None:
         print(json.dumps(event), flush=True)

@@ -136,9 +136,10 @@ def upscale_files(
 
     folder: where the journal is kept; None for none. resume: skip what the journal proves done.
     report: called with an event for all that happens; each has "event" and, but for the last, "input":
-        "progress" (with "share" 0..1 and "words", while one image takes long), "done" (with "output", "size_before",
-        "size" (width, height), "backends", "seconds", "notes" and what `work.about` holds), "skipped" (with "output"),
-        "failed" (with "error"), and in the end "end" with the counts of these three, "all" and, if so, "stopped".
+        "start"; "progress" (with "share" 0..1 and "words", while one image takes long); "done" (with "output",
+        "size_before", "size" (width, height), "backends", "seconds", "notes" and what `work.about` holds); "skipped"
+        (with "output"); "failed" (with "error"); and in the end "end" with the counts of the last three, with "all" and,
+        if so, "stopped".
     """
     counts = {"done": 0, "skipped": 0, "failed": 0}
 
@@ -213,6 +214,7 @@ def _one(
     def progress(share: float, words: str) -> None:
         tell("progress", job, share=share, words=words)
 
+    tell("start", job)
     started = time.perf_counter()
     made: list[Any] = []
     with warnings.catch_warnings(record=True) as warned:
