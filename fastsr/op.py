@@ -145,6 +145,18 @@ def expect(condition: bool, expectation: str, **got: Any) -> None:
         raise ValueError(f"expected {expectation}; got " + ", ".join(f"{k}={describe(v)}" for k, v in got.items()))
 
 
+def expect_alike(**tensors: Any) -> None:
+    """Raises ValueError unless all tensors, lists opened and None left out, have one dtype and device. For `check`."""
+    named = [(name, t) for name, value in tensors.items() for t in _tensors([value])]
+    name, first = named[0]
+    for other, t in named:
+        if (t.dtype, t.device) != (first.dtype, first.device):
+            raise ValueError(
+                f"expected one dtype and device for all tensors; got {name}={describe(first)} and "
+                f"{other}={describe(t)}; convert one of them with .to()"
+            )
+
+
 def is_channels_last(x: Tensor) -> bool:
     """True for a 4-D tensor stored N, H, W, C, also for a slice of its channels; False where both layouts agree."""
     return x.dim() == 4 and x.stride(1) == 1 and x.stride(3) >= x.shape[1] and not x.is_contiguous()

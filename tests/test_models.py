@@ -97,6 +97,26 @@ def test_a_missing_key_is_named():
         fastsr.load(state)
 
 
+def test_a_file_without_its_upsampler_says_so():
+    state = fastsr.create("carn", scale=2, features=4).state_dict()
+    with pytest.raises(fastsr.LoadError, match=r"looks like carn \(official\) but it has no upsampler"):
+        fastsr.load({k: v for k, v in state.items() if not k.startswith("upsample.")})
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (torch.rand(1, 5, 5), r"expected inputs are \(N, C, H, W\), an image alone as x\[None\]; got .*\[1, 5, 5\]"),
+        (torch.rand(1, 3, 5, 5), "expected inputs of 1 channels together, as weight and groups say; got"),
+        (torch.rand(1, 1, 5, 5).double(), "got inputs=float64.* and weight=float32.*; convert one of them with .to"),
+    ],
+)
+def test_images_that_do_not_fit_a_network_are_refused_in_words(image, message):
+    idn = fastsr.create("idn", scale=2)
+    with pytest.raises(ValueError, match=message):
+        idn(image)
+
+
 @pytest.mark.parametrize("name", [n for n in parity_names() if n not in PROCEDURES])
 def test_exactly_one_network_recognises_a_state_dict(name):
     state = parity_case(name).state_dict()

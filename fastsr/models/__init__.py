@@ -311,7 +311,11 @@ def _build(
         with torch.device("meta"), _NoInit():
             model = network(config)
     except (KeyError, IndexError, StopIteration, RuntimeError, ValueError, TypeError, OverflowError) as error:
-        cause = f"the key {error} is missing" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        cause = str(error) or type(error).__name__
+        if isinstance(error, KeyError):
+            cause = f"the key {error} is missing"
+        elif isinstance(error, IndexError):
+            cause = "one of its tensors has too few axes"
         raise LoadError(f"load: {origin} looks like {network.name} ({dialect}) but {cause}") from error
     own = model.state_dict()
     problems = {

@@ -32,6 +32,8 @@ class CARNConfig:
         wrong = [s for s in self.scales if s not in (2, 3, 4)]
         if wrong or not self.scales or (len(self.scales) > 1 and not self.multi_scale):
             raise ValueError(f"carn: expected scales out of 2, 3, 4 (several only with multi_scale); got {self.scales}")
+        if min(self.features, self.group) < 1 or self.features % self.group:
+            raise ValueError(f"carn: expected features to be a multiple of group, both at least 1; got {self}")
 
 
 class ResidualUnit(nn.Module):
@@ -163,10 +165,12 @@ class CARN(Network, Cascade):
 
     @classmethod
     def config_from(cls, state: State, dialect: str, hints: Mapping[str, Any]) -> CARNConfig:
-        """Sizes from shapes. The group count is that of the upsampler; a network without heads is refused later."""
+        """Sizes from shapes. The group count is that of the upsampler."""
         features = state["entry.weight"].shape[0]
         mobile = "b1.b1.body.4.weight" in state
         heads = sorted({key.split(".")[1] for key in state if key.startswith("upsample.")})
+        if not heads:
+            raise ValueError("it has no upsampler: no key begins with upsample.")
         multi_scale = heads != ["up"]
         if multi_scale:
             scales = tuple(int(h.removeprefix("up")) for h in heads if h.removeprefix("up").isdigit())
@@ -187,7 +191,8 @@ class CARN(Network, Cascade):
         if not self.config.multi_scale:
             scale = self.config.scales[0]
         elif scale not in self.config.scales:
-            raise ValueError(f"carn: expected scale to be one of {self.config.scales}; got {scale}")
+            example = f"model(x, scale={self.config.scales[0]})"
+            raise ValueError(f"carn: expected scale to be one of {self.config.scales}, as in {example}; got {scale}")
         x = self.entry(self.sub_mean(x))
         x = self.cascade(x, (self.b1, self.b2, self.b3))
         return self.add_mean(self.exit(self.upsample(x, scale)))

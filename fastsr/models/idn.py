@@ -139,8 +139,8 @@ class IDN(Network):
         columns are missing. Raises ValueError if the scale is unknown, or not the one it was loaded for.
         """
         scale = self._known(scale)
-        skip = self.bicubic(x, scale)[:, :, scale - 1 :, scale - 1 :]
-        return self.upsample(self.features(x), scale, skip)
+        y = self.features(x)
+        return self.upsample(y, scale, self.bicubic(x, scale)[:, :, scale - 1 :, scale - 1 :])
 
     def super_resolve(self, x: Tensor, scale: int) -> Tensor:
         """As in `Network`; the first scale - 1 rows and columns, which the network does not make, are the bicubic

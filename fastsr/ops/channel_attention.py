@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsr.op import empty_image, expect, op
+from fastsr.op import empty_image, expect, expect_alike, op
 
 
 @op
@@ -39,9 +39,7 @@ def expect_gate(
     expect(up_weight.shape == (channels, hidden, 1, 1), f"up_weight is ({channels}, {hidden}, 1, 1)", it=up_weight)
     expect(down_bias.shape == (hidden,) and up_bias.shape == (channels,), "down_bias is (R,) and up_bias (C,)",
            down_bias=down_bias, up_bias=up_bias)  # fmt: skip
-    weights = (down_weight, down_bias, up_weight, up_bias)
-    one = all(t.dtype == x.dtype and t.device == x.device for t in weights)
-    expect(one, "one dtype and device for all tensors", x=x, weights=weights)
+    expect_alike(x=x, down_weight=down_weight, down_bias=down_bias, up_weight=up_weight, up_bias=up_bias)
 
 
 @channel_attention.alloc

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsr.op import empty_image, expect, is_channels_last, op
+from fastsr.op import empty_image, expect, expect_alike, is_channels_last, op
 
 ACTIVATIONS = ("none", "relu", "leaky", "prelu")
 
@@ -118,19 +118,21 @@ def _(
 ):  # fmt: skip
     expect(len(inputs) > 0, "inputs holds at least one tensor", inputs=inputs)
     first = inputs[0]
-    same = all(x.dim() == 4 and x.shape[0] == first.shape[0] and x.shape[2:] == first.shape[2:] for x in inputs)
-    expect(same, "inputs are (N, C, H, W) and agree in all but C", inputs=inputs)
-    others = [t for t in (weight, bias, pre_scale, pre_shift, prelu, scale, skip) if t is not None]
-    one = all(t.dtype == first.dtype and t.device == first.device for t in [*inputs, *others])
-    expect(one, "all tensors have one dtype and device", inputs=inputs, others=others)
+    expect(all(x.dim() == 4 for x in inputs), "inputs are (N, C, H, W), an image alone as x[None]", inputs=inputs)
+    same = all(x.shape[0] == first.shape[0] and x.shape[2:] == first.shape[2:] for x in inputs)
+    expect(same, "inputs of one N, H and W", inputs=inputs)
+    expect_alike(inputs=inputs, weight=weight, bias=bias, pre_scale=pre_scale, pre_shift=pre_shift, prelu=prelu,
+                 scale=scale, skip=skip)  # fmt: skip
     expect(
         weight.dim() == 4, "weight is (Cout, C/groups, k, k), or (C, Cout/groups, k, k) if transposed", weight=weight
     )
     expect(stride >= 1 and padding >= 0 and groups >= 1, "stride, groups >= 1 and padding >= 0",
            stride=stride, padding=padding, groups=groups)  # fmt: skip
     c = sum(x.shape[1] for x in inputs)
-    expect(c == weight.shape[0 if transposed else 1] * (1 if transposed else groups) and c % groups == 0,
-           "the channels of inputs fit weight and groups", inputs=inputs, weight=weight, groups=groups)  # fmt: skip
+    fitting = weight.shape[0] if transposed else weight.shape[1] * groups
+    expect(c == fitting, f"inputs of {fitting} channels together, as weight and groups say",
+           inputs=inputs, weight=weight, groups=groups)  # fmt: skip
+    expect(c % groups == 0, "a number of channels that is a multiple of groups", weight=weight, groups=groups)
     shape = conv_shape(inputs, weight, stride, padding, groups, transposed, upsample)
     expect(min(shape) > 0, "an output of at least one pixel", inputs=inputs, weight=weight, padding=padding)
     out = shape[1]

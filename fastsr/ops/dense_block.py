@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsr.op import empty_image, expect, op
+from fastsr.op import empty_image, expect, expect_alike, op
 from fastsr.recipes import Conv, Recipe, View
 
 
@@ -45,9 +45,7 @@ def _(x, weights, biases, slope, gain, outer, outer_gain):
     expect(x.dim() == 4, "x is (N, C, H, W)", x=x)
     expect(len(weights) >= 2 and len(biases) == len(weights), "two weights or more and as many biases",
            weights=len(weights), biases=len(biases))  # fmt: skip
-    tensors = [*weights, *biases, *(() if outer is None else (outer,))]
-    one = all(t.dtype == x.dtype and t.device == x.device for t in tensors)
-    expect(one, "one dtype and device for all tensors", x=x, weights=weights, biases=biases, outer=outer)
+    expect_alike(x=x, weights=weights, biases=biases, outer=outer)
     channels = x.shape[1]
     for i, (weight, bias) in enumerate(zip(weights, biases)):
         square = weight.dim() == 4 and weight.shape[2] == weight.shape[3] and weight.shape[2] % 2 == 1

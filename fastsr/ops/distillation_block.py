@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsr.op import empty_image, expect, op
+from fastsr.op import empty_image, expect, expect_alike, op
 from fastsr.recipes import Conv, Recipe, View
 
 COUNT = 7  # convolutions: six of the two paths, and the 1x1
@@ -45,8 +45,7 @@ def _(x, weights, biases, slope):
     expect(
         len(weights) == COUNT and len(biases) == COUNT, f"{COUNT} weights and biases", weights=weights, biases=biases
     )
-    one = all(t.dtype == x.dtype and t.device == x.device for t in [*weights, *biases])
-    expect(one, "one dtype and device for all tensors", x=x, weights=weights, biases=biases)
+    expect_alike(x=x, weights=weights, biases=biases)
     square = all(w.dim() == 4 and w.shape[2] == w.shape[3] and w.shape[2] % 2 == 1 for w in weights)
     expect(square, "weights of (Cout, Cin/groups, k, k) with odd k", weights=weights)
     c, kept = x.shape[1], weights[2].shape[0] - weights[3].shape[1]

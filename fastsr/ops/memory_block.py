@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from fastsr.op import empty_image, expect, op
+from fastsr.op import empty_image, expect, expect_alike, op
 from fastsr.ops.conv_act import conv_act
 from fastsr.recipes import Conv, Recipe, View
 
@@ -80,10 +80,9 @@ def _(
     expect(gate_bias is None or gate_bias.shape == (c,), f"gate_bias is ({c},)", gate_bias=gate_bias)
     expect(gate_scale.shape == (wide,) and gate_shift.shape == (wide,), f"gate_scale and gate_shift are ({wide},)",
            gate_scale=gate_scale, gate_shift=gate_shift)  # fmt: skip
-    gate = [t for t in (gate_weight, gate_bias, gate_scale, gate_shift) if t is not None]
-    others = [*long_term, *weights, *biases, *pre_scales, *pre_shifts, *gate]
-    one = all(t.dtype == x.dtype and t.device == x.device for t in others)
-    expect(one, "one dtype and device for all tensors", long_term=long_term, others=others)
+    expect_alike(long_term=long_term, weights=weights, biases=biases, pre_scales=pre_scales, pre_shifts=pre_shifts,
+                 gate_weight=gate_weight, gate_bias=gate_bias, gate_scale=gate_scale,
+                 gate_shift=gate_shift)  # fmt: skip
 
 
 @memory_block.alloc

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsr.op import empty_image, expect, op
+from fastsr.op import empty_image, expect, expect_alike, op
 from fastsr.recipes import Conv, Recipe, View
 
 
@@ -62,8 +62,7 @@ def _(x, small1, small_bias1, small2, small_bias2, large1, large_bias1, large2, 
         fits = weight.shape[1:] == (channels, k, k) and k % 2 == 1
         expect(fits, f"{name} is (Cout, {channels}, k, k) with odd k", **{name: weight})
         expect(bias is None or bias.shape == weight.shape[:1], f"{name} has a (Cout,) bias or None", bias=bias)
-        one = all(t.dtype == x.dtype and t.device == x.device for t in (weight, bias) if t is not None)
-        expect(one, "one dtype and device for all tensors", x=x, weight=weight, bias=bias)
+        expect_alike(x=x, **{name: weight}, bias=bias)
     expect(fuse.shape[0] == c, "the block returns as many channels as it takes", x=x, fuse=fuse)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsr.op import empty_image, expect, op
+from fastsr.op import empty_image, expect, expect_alike, op
 from fastsr.ops.conv_act import activate
 from fastsr.recipes import Conv, Recipe, View
 
@@ -49,8 +49,7 @@ def expect_chain(x: Tensor, layers: list[tuple[Tensor, Tensor | None]], groups: 
         g = groups if fits and weight.shape[1] * groups == channels else 1
         expect(fits and weight.shape[1] * g == channels, f"a (Cout, {channels}, k, k) weight with odd k", weight=weight)
         expect(bias is None or bias.shape == weight.shape[:1], "bias is (Cout,)", weight=weight, bias=bias)
-        one = all(t.dtype == x.dtype and t.device == x.device for t in (weight, bias) if t is not None)
-        expect(one, "one dtype and device for all tensors", x=x, weight=weight, bias=bias)
+        expect_alike(x=x, weight=weight, bias=bias)
         channels = weight.shape[0]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsr.op import empty_image, expect, op
+from fastsr.op import empty_image, expect, expect_alike, op
 from fastsr.recipes import Conv, Recipe, View
 
 
@@ -38,12 +38,9 @@ def expect_branches(x: Tensor, condition: Tensor, channels: int, **branches: lis
     images = x.dim() == 4 and condition.dim() == 4 and x.shape[0] == condition.shape[0]
     expect(images and x.shape[2:] == condition.shape[2:], "x is (N, C, H, W) and condition (N, K, H, W)",
            x_and_condition=[x, condition])  # fmt: skip
-    one = (condition.dtype, condition.device) == (x.dtype, x.device)
-    expect(one, "one dtype and device for x and condition", x_and_condition=[x, condition])
+    expect_alike(x=x, condition=condition, **branches)
     for name, weights in branches.items():
         expect(len(weights) == 4, f"{name} is [weight, bias, weight, bias]", **{name: weights})
-        one = all((t.dtype, t.device) == (x.dtype, x.device) for t in weights)
-        expect(one, f"{name} has the dtype and device of x", x=x, **{name: weights})
         hidden = weights[0].shape[0]
         shapes = [(hidden, condition.shape[1], 1, 1), (hidden,), (channels, hidden, 1, 1), (channels,)]
         expect([tuple(t.shape) for t in weights] == shapes, f"{name} has the shapes {shapes}", **{name: weights})

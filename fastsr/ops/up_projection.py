@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastsr.op import empty_image, expect, op
+from fastsr.op import empty_image, expect, expect_alike, op
 from fastsr.ops.conv_act import conv_shape
 from fastsr.recipes import Conv, Recipe, View
 
@@ -85,9 +85,7 @@ def expect_unit(
         expect(slope.shape in ((1,), (c,)), f"bottleneck_slope is (1,) or ({c},)", slope=slope)
     else:
         expect(len(inputs) == 1 and together == c, f"one input of {c} channels, or a bottleneck", inputs=inputs)
-    others = [t for layer in (*layers, bottleneck) for t in layer if t is not None]
-    one = all(t.dtype == first.dtype and t.device == first.device for t in [*inputs, *others])
-    expect(one, "all tensors have one dtype and device", inputs=inputs, others=others)
+    expect_alike(inputs=inputs, bottleneck=bottleneck, layer1=layers[0], layer2=layers[1], layer3=layers[2])
     expect(stride >= 1 and padding >= 0, "stride >= 1 and padding >= 0", stride=stride, padding=padding)
 
 
