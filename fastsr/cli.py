@@ -16,7 +16,7 @@ import fastsr
 from fastsr.checkpoints.normal import tuples
 from fastsr.convert import convert
 from fastsr.evaluate import PROTOCOLS, evaluate
-from fastsr.image import io
+from fastsr.image import io, tiles
 from fastsr.image.batch import Event, Work, find_jobs, upscale_files
 from fastsr.image.journal import network_digest
 from fastsr.image.upscale import (
@@ -123,11 +123,31 @@ def _add_upscale(commands: Any) -> None:
     )
     parser.add_argument("--fp32", dest="dtype", action="store_const", const="float32", help="--dtype float32")
     parser.add_argument(
+        "--tile", "-t", type=_size, default=tiles.AUTO, metavar="N",
+        help="pixels a side of the parts in which an image is enlarged; 0 is the whole image; auto (default) is that "
+        "where it fits into memory, too",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tile-pad", "--tile_pad", type=_size, metavar="N",
+        help="pixels around each part that it is computed with; exact is as far as the network looks, which is also "
+        "the default but for ESRGAN and RDN",
+    )  # fmt: skip
+    parser.add_argument(
+        "--self-ensemble",
+        action="store_true",
+        help="the mean of eight results, turned and mirrored: eight times as long",
+    )
+    parser.add_argument("--deterministic", action="store_true", help="the same bits, however much memory is free")
+    parser.add_argument(
         "--resume", action="store_true",
         help="leave out what the journal in the folder of results proves done: the same input, model and options",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="JSON lines on a terminal, too")
     parser.set_defaults(run=_upscale)
+
+
+def _size(text: str) -> int | str:
+    return text if text in (tiles.AUTO, tiles.EXACT) else int(text)
 
 
 def _number(text: str) -> float:
@@ -241,28 +261,34 @@ def _upscale(args: argparse.Namespace) -> int:
 
 def _network(args: argparse.Namespace) -> Work:
     device = args.device or str(default_device(None))
-    network = as_network(_load(args.model, device))
-    if args.dtype is not None:
-        network = network.to(getattr(torch, args.dtype))
+    network = as_network(_load(args.model, device), dtype=None if args.dtype is None else getattr(torch, args.dtype))
     given = None if args.segmentation is None else _load(args.segmentation, device)
     segmentation = as_segmentation(network, given)
     if args.iterations is not None:
         raise TypeError("--iterations are for zssr; this network has learnt")
     factor, scale = next_scale(type(network).__name__, network.scales, args.scale)
+    how = {
+        "tile": args.tile or None, "tile_pad": args.tile_pad,
+        "self_ensemble": args.self_ensemble, "deterministic": args.deterministic,
+    }  # fmt: skip
+    tiles.check(how["tile"], how["tile_pad"])
 
     def enlarge(image: Any, progress: Any) -> Any:
-        return upscale(image, network, scale=scale, segmentation=segmentation)
+        return upscale(image, network, scale=scale, segmentation=segmentation, **how)
 
-    options = {"segmentation": None if segmentation is None else network_digest(segmentation)}
+    options = {**how, "segmentation": None if segmentation is None else network_digest(segmentation)}
     return _work(enlarge, type(network).__name__, factor, scale, network_digest(network), device, options)
 
 
 def _zssr(args: argparse.Namespace) -> Work:
     from fastsr.train.zssr import ZSSRConfig  # here because training is not needed by anything else
 
-    for name, value in (("--segmentation", args.segmentation), ("--dtype", args.dtype), ("--device", args.device)):
-        if value is not None:
-            raise TypeError(f"{name} is for networks with weights, not for ZSSR")
+    for name in ("segmentation", "dtype", "tile_pad", "self_ensemble", "deterministic"):
+        if getattr(args, name):
+            raise TypeError(f"--{name.replace('_', '-')} is for networks with weights, not for ZSSR")
+    if args.tile not in (0, tiles.AUTO):
+        raise TypeError("--tile is for networks with weights; ZSSR learns from the whole image")
+    device = str(torch.device(args.device or default_device(None)))
     config = ZSSRConfig() if args.iterations is None else ZSSRConfig(max_iters=args.iterations)
     factor, scale = next_scale("ZSSR", ZSSR_SCALES, ZSSR_SCALES[0] if args.scale is None else args.scale)
 
@@ -273,10 +299,10 @@ def _zssr(args: argparse.Namespace) -> Work:
             words = f"ZSSR has learnt for {done} of at most {most} iterations, error {error:.2f} levels"
             progress((state["step"] + done / most) / state["steps"], words)
 
-        return upscale(image, ZSSR, scale=scale, config=config, progress=learning)
+        return upscale(image, ZSSR, scale=scale, config=config, progress=learning, device=device)
 
     options = {"config": dataclasses.asdict(config)}
-    return _work(enlarge, "ZSSR", factor, scale, ZSSR, str(default_device(None)), options)
+    return _work(enlarge, "ZSSR", factor, scale, ZSSR, device, options)
 
 
 def _work(enlarge: Any, name: str, factor: int, scale: float, model: str, device: str, options: dict[str, Any]) -> Work:

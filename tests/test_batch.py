@@ -140,11 +140,28 @@ def test_flags_that_users_of_others_know(tmp_path, weights, capsys):
     np.testing.assert_array_equal(io.read(tmp_path / "out" / "a_large.webp").pixels, expected)
 
 
-def test_half_precision_is_asked_for(tmp_path, weights, capsys):
+@pytest.mark.parametrize(
+    ("flags", "options"),
+    [
+        ("--dtype bfloat16", {"dtype": torch.bfloat16}),
+        ("-t 4 --tile_pad 1", {"tile": 4, "tile_pad": 1}),
+        ("--tile 4 --tile-pad exact --deterministic", {"tile": 4, "tile_pad": "exact", "deterministic": True}),
+        ("-t 0 --self-ensemble", {"tile": None, "self_ensemble": True}),
+    ],
+)
+def test_options_reach_the_network(tmp_path, weights, monkeypatch, capsys, flags, options):
+    given = {}
+
+    def upscale(image, model, **named):
+        given.update(named, dtype=model.dtype)
+        return fastsr.upscale(image, model, **named)
+
+    monkeypatch.setattr(cli, "upscale", upscale)
     io.write(tmp_path / "a.png", Picture(made()))
-    command = [tmp_path / "a.png", "-o", tmp_path / "b.png", "--model", weights, "-s", 2, "--dtype", "bfloat16"]
-    assert run(capsys, *command)[0] == 0
-    expected = fastsr.upscale(made(), fastsr.load(weights).bfloat16(), scale=2)
+    command = [tmp_path / "a.png", "-o", tmp_path / "b.png", "--model", weights, "-s", 2]
+    assert run(capsys, *command, *flags.split())[0] == 0
+    assert given.items() >= options.items()
+    expected = fastsr.upscale(made(), weights, scale=2, **options)
     np.testing.assert_array_equal(io.read(tmp_path / "b.png").pixels, expected)
 
 
@@ -229,6 +246,7 @@ def test_resume_skips_what_is_proven_and_nothing_else(tmp_path, folder, weights,
     assert again() == ["d.png"]
     assert again("--scale", 3) == names and again("--scale", 3) == []
     assert again("--dtype", "bfloat16") == names  # another model
+    assert again("--self-ensemble") == names and again("--self-ensemble") == []
     other = tmp_path / "other.pth"
     state = torch.load(weights)
     state["exit.weight"] = state["exit.weight"] + 1e-3

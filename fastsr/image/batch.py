@@ -138,8 +138,8 @@ def upscale_files(
     report: called with an event for all that happens; each has "event" and, but for the last, "input":
         "start"; "progress" (with "share" 0..1 and "words", while one image takes long); "done" (with "output",
         "size_before", "size" (width, height), "backends", "seconds", "notes" and what `work.about` holds); "skipped"
-        (with "output"); "failed" (with "error"); and in the end "end" with the counts of the last three, with "all" and,
-        if so, "stopped".
+        (with "output"); "failed" (with "error"); and in the end "end" with the counts of the last three, "all" and, if
+        so, "stopped".
     """
     counts = {"done": 0, "skipped": 0, "failed": 0}
 
