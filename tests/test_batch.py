@@ -215,6 +215,19 @@ def test_all_jobs_and_their_targets(tmp_path):
         targets("in", "b.jpeg", extension="png")
 
 
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path, folder, monkeypatch):
+    original = os.scandir
+
+    def denied(path):
+        if Path(path) == folder / "c":
+            raise PermissionError(13, "Permission denied", str(path))
+        return original(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(ValueError, match="c: this folder cannot be read: Permission denied"):
+        find_jobs([folder], str(tmp_path / "out"))
+
+
 # Resuming.
 
 

@@ -67,11 +67,11 @@ def find_jobs(
 ) -> tuple[list[Job], Path | None]:
     """What is to be done, and the folder of results, None where `output` is the one file to write.
 
-    Folders are searched with all folders in them, but for hidden ones and the folder of results, and their structure is
-    kept. Names are kept, with `_suffix` before the extension, and so are extensions ("auto"), where such files can be
+    Folders are searched with all folders in them, but for hidden ones, links and the folder of results, and their
+    structure is kept. Names are kept, with `_suffix` before the extension, and so are extensions ("auto"), where such files can be
     written, or else it is png; `extension` is another one, without its point.
-    Raises ValueError where there is nothing to be found, two results would meet in one file, or one would replace an
-    input.
+    Raises ValueError where there is nothing to be found, or a folder cannot be read, where two results would meet in
+    one file, or one would replace an input.
     """
     if "/" in suffix:
         raise ValueError(f"suffix: expected part of a file's name, got {suffix!r}")
@@ -91,7 +91,7 @@ def find_jobs(
             if not found:
                 raise ValueError(f"{path}: no images in this folder (looked for {', '.join(LOOKED_FOR)})")
             sources += [(source, source.relative_to(path)) for source in found]
-        elif path.exists():
+        elif path.is_file():
             sources.append((path, Path(path.name)))
         else:
             raise ValueError(f"{path}: no such file or folder")
@@ -109,7 +109,10 @@ def find_jobs(
 
 
 def _images_in(folder: Path, results: Path) -> Iterator[Path]:
-    for here, folders, files in os.walk(folder):
+    def unreadable(error: OSError) -> None:
+        raise ValueError(f"{error.filename}: this folder cannot be read: {error.strerror}") from error
+
+    for here, folders, files in os.walk(folder, onerror=unreadable):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and not _same(Path(here, f), results))
         for name in sorted(files):
             path = Path(here, name)
