@@ -40,6 +40,7 @@ LIBRARY = torch.library.Library("fastsr", "DEF")
 OPS: dict[str, Op[..., Any]] = {}
 
 _UNSET = object()
+_PLAIN = frozenset({type(None), bool, int, float, str})
 _HOLE = torch.empty(0)  # stands where a saved tensor goes
 _forced_here: contextvars.ContextVar[Any] = contextvars.ContextVar("fastsr_forced_backend", default=_UNSET)
 _forced_everywhere: list[tuple[object, str | None]] = []
@@ -213,6 +214,8 @@ def _switches() -> tuple[Any, ...]:
 
 
 def _key(value: Any) -> Any:
+    if type(value) in _PLAIN:  # most arguments are, and asking whether one is a tensor takes longer
+        return value
     if isinstance(value, Tensor):
         return value.dtype, value.device, value.shape, value.stride(), value.data_ptr() % ALIGNMENT
     if isinstance(value, (list, tuple)):
