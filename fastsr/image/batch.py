@@ -68,8 +68,8 @@ def find_jobs(
     """What is to be done, and the folder of results, None where `output` is the one file to write.
 
     Folders are searched with all folders in them, but for hidden ones, links and the folder of results, and their
-    structure is kept. Names are kept, with `_suffix` before the extension, and so are extensions ("auto"), where such files can be
-    written, or else it is png; `extension` is another one, without its point.
+    structure is kept. Names are kept, with `_suffix` before the extension, and so are extensions ("auto") where such
+    files can be written, else it is png; `extension` is another one, without its point.
     Raises ValueError where there is nothing to be found, or a folder cannot be read, where two results would meet in
     one file, or one would replace an input.
     """
