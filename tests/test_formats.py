@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
 import io as memory
 import random
 import struct
@@ -316,9 +319,18 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 # Temporary files.
 
 
-def test_what_the_dead_left_is_removed_and_nothing_else(tmp_path):
-    import fcntl
+@pytest.mark.parametrize(("number", "fails"), [(errno.ENOLCK, False), (errno.EINVAL, False), (errno.EIO, True)])
+def test_file_systems_without_locks_will_do(tmp_path, monkeypatch, number, fails):
+    def refuse(descriptor, *_):
+        raise OSError(number, "no such thing here")
 
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(OSError) if fails else contextlib.nullcontext():
+        io.write_atomically(tmp_path / "a", b"data")
+    assert [p.name for p in tmp_path.iterdir()] == ([] if fails else ["a"])
+
+
+def test_what_the_dead_left_is_removed_and_nothing_else(tmp_path):
     stale, live = (tmp_path / f".a.png.{c * 16}.tmp" for c in "0f")
     others = [tmp_path / name for name in (".a.png.tmp", "a.png", ".a.png.00.tmp")]
     for path in (stale, live, *others):

@@ -7,6 +7,7 @@ a word; those go through imagecodecs, which is an extra: `pip install 'fastsr[im
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import importlib
 import io
@@ -391,16 +392,20 @@ def _tiff(pixels: np.ndarray, held: dict[str, Any]) -> bytes:
     knows neither 16-bit colour nor EXIF data in a compressed file."""
     if pixels.dtype == np.uint16 and pixels.shape[2] == 2:
         pixels = pixels[..., [0, 0, 0, 1]]  # hardly any reader knows 16-bit gray with alpha
-    height, width, channels = pixels.shape
     differences = pixels.astype(pixels.dtype.newbyteorder("<"))
     differences[:, 1:] -= pixels[:, :-1]
     strip = zlib.compress(differences.tobytes(), 6)
+    layout = {259: 8, 273: 0, 278: len(pixels), 279: len(strip), 317: 2}  # 273 counts from the directory's end
+    return tiff_directory(pixels.shape, pixels.dtype, layout, held) + strip
+
+
+def tiff_directory(shape: tuple[int, int, int], dtype: np.dtype, layout: dict[int, Any], held: dict[str, Any]) -> bytes:
+    """The start of a little-endian TIFF of (H, W, C) pixels, whose data follow behind it. layout: the tags that say
+    how; a strip's offset counts from the end of what is returned. held: "icc", "exif", "dpi"."""
+    height, width, channels = shape
     tags = TiffImagePlugin.ImageFileDirectory_v2(prefix=b"II")
-    bits, photometric = 8 * pixels.itemsize, 1 if channels < 3 else 2  # black is zero, or RGB
-    tags.update(
-        {256: width, 257: height, 258: (bits,) * channels, 259: 8, 262: photometric, 277: channels, 278: height}
-    )
-    tags.update({273: 0, 279: len(strip), 284: 1, 317: 2})  # a strip's offset counts from the end of the directory
+    bits, photometric = 8 * dtype.itemsize, 1 if channels < 3 else 2  # black is zero, or RGB
+    tags.update({256: width, 257: height, 258: (bits,) * channels, 262: photometric, 277: channels, 284: 1, **layout})
     if channels in (2, 4):
         tags[338] = 2  # alpha, not premultiplied
     if "icc" in held:
@@ -416,12 +421,19 @@ def _tiff(pixels: np.ndarray, held: dict[str, Any]) -> bytes:
                 tags[tag] = exif.get_ifd(tag) if tag in (34665, 34853) else exif[tag]
     buffer = io.BytesIO()
     tags.save(buffer)
-    return buffer.getvalue() + strip
+    return buffer.getvalue()
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Writes data to path so that any reader, at any time, finds the old file or the whole new one, and that it stays
-    there once this returned, whatever happens to the machine.
+    """Writes data to path by `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """A binary file to write, which is at `path` once the block is left: any reader, at any time, finds the old file or
+    the whole new one, and it stays there once the block is left, whatever happens to the machine.
 
     The new file gets the mode that open() would give it (0o666 less the umask). On any failure the old file is as it
     was and the temporary one, in the same folder because a rename cannot cross file systems, is gone. A killed process
@@ -432,8 +444,8 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | memoryview) -> 
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(descriptor, "wb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # says that somebody is still at it; the kernel takes it from the dead
-            file.write(data)
+            lock(file.fileno())  # says that somebody is still at it; the kernel takes it from the dead
+            yield file
             file.flush()
             os.fsync(file.fileno())  # before the rename: else a crash could leave the new name on an empty file
             os.replace(temporary, path)
@@ -443,17 +455,29 @@ def write_atomically(path: str | os.PathLike[str], data: bytes | memoryview) -> 
     sync_folder(path.parent)
 
 
+def lock(descriptor: int) -> None:
+    """Waits for the only lock on an open file, where the file system has locks: some on networks have none."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+            raise
+
+
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in the folder are on the disk."""
+    """Waits until the names in the folder are on the disk, where the file system can tell."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.ENOTSUP, errno.EINVAL):
+            raise
     finally:
         os.close(descriptor)
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Removes what killed processes left of `write_atomically` in this folder; files still being written stay."""
+    """Removes what killed processes left of `atomic_file` in this folder; files still being written stay."""
     for path in folder.glob(".*.tmp"):
         if not re.fullmatch(r"\..+\.[0-9a-f]{16}\.tmp", path.name):
             continue

@@ -8,7 +8,6 @@ and says nothing.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -66,7 +65,7 @@ class Journal:
         line = json.dumps(asdict(entry)).encode() + b"\n"
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            io.lock(descriptor)
             size = os.fstat(descriptor).st_size
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = b"\n" + line  # after one that was cut off
