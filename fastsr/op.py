@@ -301,8 +301,11 @@ class Op(Generic[P, R]):
         return function
 
     def backends(self, **backends: Backend) -> None:
-        """The kernels there are, by name. Of those that give no reason against themselves the first in the order of
-        BACKENDS runs; eager is always last and needs no entry."""
+        """The kernels there are, by name, in order of preference: the first that gives no reason against itself runs.
+        Eager is always last and needs no entry. Raises ValueError for a name that is not in BACKENDS."""
+        wrong = [name for name in backends if name not in BACKENDS or name == "eager"]
+        if wrong:
+            raise ValueError(f"fastsr::{self.name}: expected backends out of cuda, triton and cpu; got {wrong}")
         self._backends = backends
         self._plans.clear()
 
@@ -342,7 +345,7 @@ class Op(Generic[P, R]):
     def _reasons(self, args: tuple[Any, ...]) -> dict[str, str | None]:
         return {
             name: self._missing(name) or (self._backends[name].reason(*args) if name in self._backends else None)
-            for name in BACKENDS
+            for name in (*self._backends, *(n for n in BACKENDS if n not in self._backends))
         }
 
     def _plan(self, forced: str | None, args: tuple[Any, ...]) -> _Plan:

@@ -109,6 +109,16 @@ def test_use_forces_or_raises_the_reason(two_backends):
     assert ran(IMAGE) == "cpu"
 
 
+def test_backends_are_preferred_in_the_order_given(two_backends):
+    able = Backend(lambda *args: None, fill_with(3))
+    planted_scale.backends(cpu=able, cuda=able)
+    assert ran(IMAGE) == "cpu"
+    planted_scale.backends(cuda=able, cpu=able)
+    assert ran(IMAGE) == "cuda" and list(planted_scale.reasons(IMAGE)) == ["cuda", "cpu", "triton", "eager"]
+    with pytest.raises(ValueError, match=r"planted_scale: expected backends out of .* got \['vulkan', 'eager'\]"):
+        planted_scale.backends(vulkan=able, eager=able)
+
+
 def test_a_forced_backend_reaches_worker_threads(two_backends):
     with ThreadPoolExecutor(1) as started_before:
         started_before.submit(lambda: None).result()

@@ -1,4 +1,8 @@
-"""The operators, one file each. Importing this package registers all of them in `fastsr.op.OPS`."""
+"""The operators, one file each. Importing this package registers all of them in `fastsr.op.OPS`.
+
+What needs no file of its own is `conv_act`: the fusion of a cascade is a 1x1 convolution of several inputs, an
+upsampler a convolution with `upsample` in front or `shuffle` behind.
+"""
 
 from fastsr.ops.channel_attention import channel_attention
 from fastsr.ops.conv_act import conv_act
