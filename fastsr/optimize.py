@@ -12,15 +12,21 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class _CastInputs:
-    """Forward pre-hook: floating-point tensors arrive in the dtype that the module's parameters have by then."""
+    """Forward pre-hook: floating-point tensors, also in tuples and lists, arrive in the dtype that the module's
+    parameters have by then, or in the one given for a module without any."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+        dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), self.dtype)
 
         def cast(value: Any) -> Any:
+            if type(value) in (tuple, list):
+                return type(value)(cast(v) for v in value)
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-        return tuple(cast(a) for a in args), {k: cast(v) for k, v in kwargs.items()}
+        return cast(args), {k: cast(v) for k, v in kwargs.items()}
 
 
 def optimize(model: Module, *, dtype: torch.dtype | None = None) -> Module:
@@ -38,5 +44,5 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None) -> Module:
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     if dtype is not None:
         frozen = frozen.to(dtype)
-        frozen.register_forward_pre_hook(_CastInputs(), with_kwargs=True)
+        frozen.register_forward_pre_hook(_CastInputs(dtype), with_kwargs=True)
     return frozen

@@ -39,6 +39,13 @@ def test_dtype_is_cast_at_the_door(model):
     assert torch.equal(pickle.loads(pickle.dumps(low))(x), made) and torch.equal(copy.deepcopy(low)(x), made)
 
 
+def test_pairs_and_modules_without_parameters_are_cast_too():
+    network = fastsr.create("sftgan", blocks=1, features=4, condition=2, hidden=2, cond_hidden=2)
+    low, pair = fastsr.optimize(network, dtype=torch.bfloat16), (torch.rand(1, 3, 2, 2), torch.rand(1, 8, 8, 8))
+    assert torch.equal(low(pair), low(*pair)) and low(pair).dtype == torch.bfloat16
+    assert fastsr.optimize(torch.nn.ReLU(), dtype=torch.float64)(torch.ones(1)).dtype == torch.float64
+
+
 def test_any_module_and_clear_errors(model):
     layer = fastsr.optimize(torch.nn.Conv2d(1, 1, 1))
     assert not layer.weight.requires_grad
