@@ -6,6 +6,7 @@ A layer holds parameters under the authors' names and passes them to one operato
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -78,7 +79,9 @@ class MeanShift(ConvAct):
         channels = len(mean)
         super().__init__(channels, channels, 1)
         nn.init.dirac_(self.weight)
-        self.bias = nn.Parameter(sign * value_range * torch.tensor(mean))  # rounded where the authors' is
+        # Rounded where the authors' is. By NumPy, because on the meta device torch imports its compiler to multiply.
+        bias = np.float32(sign * value_range) * np.array(mean, np.float32)
+        self.bias = nn.Parameter(torch.tensor(bias.tolist()))
         self.requires_grad_(False)
 
 
