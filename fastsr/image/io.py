@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, TiffImagePlugin
+from PIL import Image, TiffImagePlugin, WebPImagePlugin  # noqa: F401  (so that Pillow need not import all it has)
 
 
 @dataclass(frozen=True)
