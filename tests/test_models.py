@@ -171,6 +171,15 @@ def test_a_wrapped_module_says_what_no_file_does():
         assert fastsr.load(wrapped).config == model.config
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("name", ["rcan_tiny_x4", "msrn_x2", "ddbpn_edsr_x4", "carn_m_x2"])
+def test_weights_on_a_gpu_load(name):
+    state = parity_case(name).state_dict()
+    loaded = fastsr.load({k: v.cuda() for k, v in state.items()})
+    assert loaded.device.type == "cpu" and loaded.config == fastsr.load(state).config
+    assert fastsr.load(loaded.cuda()).device.type == "cuda"
+
+
 def test_loading_copies_and_leaves_the_random_state_alone():
     state = parity_case("carn_m_x2").state_dict()
     before = torch.get_rng_state()

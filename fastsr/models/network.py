@@ -167,7 +167,7 @@ def colour_shift(state: State, rgb_range: float = 255.0) -> tuple[tuple[float, .
 
     The product alone is in the file. Its factors are told by the known means; for another mean, `rgb_range` is taken.
     """
-    product = -state["sub_mean.bias"].double()
+    product = -state["sub_mean.bias"].cpu().double()
     for mean in (RGB_MEAN, FLICKR2K_MEAN):
         if len(mean) == len(product):
             ratio = product / torch.tensor(mean, dtype=torch.float64)
