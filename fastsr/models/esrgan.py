@@ -136,28 +136,22 @@ class ESRGAN(Network):
         return (self.config.scale,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (N, in_channels, H, W) in 0..1 -> (N, out_channels, H * scale, W * scale), not clipped. Raises ValueError
-        unless H and W are multiples of config.unshuffle; `super_resolve` takes any size."""
-        r = self.config.unshuffle
-        if x.shape[-2] % r or x.shape[-1] % r:
-            size = f"{x.shape[-2]}x{x.shape[-1]}"
-            raise ValueError(f"esrgan: expected height and width to be multiples of {r}; got {size}; use super_resolve")
+        """x: (N, in_channels, H, W) in 0..1 -> (N, out_channels, H * scale, W * scale), not clipped. An H or W
+        that is no multiple of config.unshuffle, which the authors' network refuses, is padded to one by mirroring, and
+        the result cut: as their scripts and spandrel's network do."""
+        (h, w), r, scale = x.shape[-2:], self.config.unshuffle, self.config.scale
         if r > 1:
-            x = F.pixel_unshuffle(x, r)
+            x = F.pixel_unshuffle(pad_to_multiple(x, r), r)
         shallow = self.conv_first(x)
         x = self.trunk_conv(self.RRDB_trunk(shallow), skip=shallow)
         for n in range(1, self.config.steps + 1):
             x = getattr(self, f"upconv{n}")(x)
-        return self.conv_last(self.HRconv(x))
+        return self.conv_last(self.HRconv(x))[..., : h * scale, : w * scale]
 
     @property
     def multiple(self) -> int:
         """The factor of the pixel-unshuffle."""
         return self.config.unshuffle
-
-    def super_resolve(self, x: Tensor, scale: int) -> Tensor:
-        h, w = x.shape[-2:]
-        return self(pad_to_multiple(x, self.config.unshuffle))[..., : h * scale, : w * scale]
 
 
 def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
