@@ -1,17 +1,23 @@
 """Images in parts: receptive fields, tiled equals whole, memory, what is not finite, the self-ensemble."""
 
 import contextlib
+import os
 import random
+import subprocess
+import sys
 import warnings
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import fastsr
-from fastsr.image import tiles
+from conftest import ROOT
+from fastsr.image import io, tiles
 from fastsr.image.passes import Pass
 from fastsr.image.receptive import Source, reach
+from fastsr.image.stream import upscale_to_tiff
 from fastsr.models.sftgan import condition
 
 IDN = {"features": 4, "blocks": 1, "block_widths": (4, 4, 8, 4, 4, 8), "slice": 4}
@@ -532,3 +538,70 @@ def test_an_optimized_network_is_measured_and_widened():
     assert halo_of(Pass(network, 2)) == 21
     image = noise(30, 50)
     assert (fastsr.upscale(image, network, tile=16) - fastsr.upscale(image, network)).abs().max() < 0.05
+
+
+# Written part by part
+
+
+@pytest.mark.parametrize("depth", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_streamed_tiff_holds_what_upscale_makes(tmp_path, depth, channels):
+    pixels = np.random.default_rng(0).integers(0, np.iinfo(depth).max, (150, 210, channels)).astype(depth)
+    exif = Image.Exif()
+    exif[271] = "a camera"
+    picture = io.Picture(pixels, icc=b"a profile", exif=b"Exif\0\0" + exif.tobytes(), dpi=(300.0, 150.0))
+    network = network_of("carn x3")
+    upscale_to_tiff(tmp_path / "a.tif", picture, network, tile=64, deterministic=True)
+    expected = fastsr.upscale(pixels if channels == 3 else pixels[..., 0], network, tile=64, deterministic=True)
+    with Image.open(tmp_path / "a.tif") as file:
+        assert file.size == (630, 450) and file.tag_v2[322] == file.tag_v2[323] == 256
+        assert file.info["icc_profile"] == b"a profile" and file.info["dpi"] == (300, 150)
+        assert file.getexif()[271] == "a camera"
+        if (depth, channels) != (np.uint16, 3):
+            np.testing.assert_array_equal(np.array(file), expected)
+        else:  # Pillow reads 8 bits of 16
+            np.testing.assert_array_equal(pytest.importorskip("imagecodecs").tiff_decode(file.filename), expected)
+    assert os.listdir(tmp_path) == ["a.tif"]
+
+
+def test_a_streamed_file_is_complete_or_absent(tmp_path):
+    picture = io.Picture(np.zeros((64, 64, 3), np.uint8))
+    (tmp_path / "a.tif").write_bytes(b"old")
+    with pytest.raises(FloatingPointError):
+        upscale_to_tiff(tmp_path / "a.tif", picture, Nearest(lambda x: x / 0), scale=2)
+    assert os.listdir(tmp_path) == ["a.tif"] and (tmp_path / "a.tif").read_bytes() == b"old"
+    with pytest.raises(ValueError, match="without alpha, got 4"):
+        upscale_to_tiff(tmp_path / "a.tif", io.Picture(np.zeros((4, 4, 4), np.uint8)), Nearest(), scale=2)
+    with pytest.raises(ValueError, match="has the scales 2, 3, 4, got 5"):
+        upscale_to_tiff(tmp_path / "a.tif", picture, Nearest(), scale=5)
+
+
+STREAMING = """
+import sys
+import numpy as np
+from PIL import Image
+import fastsr
+from fastsr.image import io
+from fastsr.image.stream import upscale_to_tiff
+
+def memory(field):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(field)) * 1024
+
+network = fastsr.create("zssr", channels=3, width=2, depth=3)
+picture = io.Picture(np.random.default_rng(0).integers(0, 256, (600, 800, 3), np.uint8))
+small = io.Picture(picture.pixels[:64, :64])
+upscale_to_tiff(sys.argv[1], small, network, scale=4, memory=int(sys.argv[2]))  # imports, and what torch keeps
+before = memory("VmRSS")
+upscale_to_tiff(sys.argv[1], picture, network, scale=4, memory=int(sys.argv[2]))
+print(memory("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of memory is not to be had here")
+def test_streaming_keeps_to_its_budget(tmp_path):
+    budget, pixels = 4 * 2**20, 600 * 800 * 3
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system
+    command = [sys.executable, "-c", STREAMING, str(tmp_path / "a.tif"), str(budget)]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
+    assert int(done.stdout) < 2 * pixels + 2 * budget < 16 * pixels / 2  # half the result's
+    assert (tmp_path / "a.tif").stat().st_size > 16 * pixels

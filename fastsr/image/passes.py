@@ -17,7 +17,8 @@ from fastsr.models.sftgan import OutdoorSceneSeg, condition
 
 @dataclass(frozen=True)
 class Pass:
-    """From values 0..1, (N, C, H, W), to values 0..1 of (N, C, H * scale, W * scale), not clamped, at least float32.
+    """From values 0..1 or levels, (N, C, H, W), to values 0..1, (N, C, H * scale, W * scale), at least float32 and not
+    clamped.
 
     A network of luma gets a gray image as it is, and of a colour image the luma, while the cubic `imresize` enlarges
     the chroma; a network of RGB gets gray as three equal channels and its output is turned into gray.
@@ -47,12 +48,12 @@ class Pass:
         return replace(self, network=network.eval())
 
     def begin(self, values: Tensor) -> list[Tensor]:
-        """values in `dtype`, on the network's device -> [values, and what else `finish` needs]."""
+        """values in `dtype`, or levels, on the network's device -> [the same, and what else `finish` needs]."""
         inputs = [values]
         if self.network.split:
-            inputs.append(self.network.global_part(self._given(values)))
+            inputs.append(self.network.global_part(self._given(self._values(values))))
         if self.segmentation is not None:
-            image = values.expand(-1, 3, -1, -1)
+            image = self._values(values).expand(-1, 3, -1, -1)
             seen = condition(self.segmentation, image.to(self.segmentation.device, self.segmentation.dtype))
             inputs.append(seen.to(self.network.device, self.network.dtype))
         return inputs
@@ -60,6 +61,7 @@ class Pass:
     def finish(self, inputs: list[Tensor]) -> Tensor:
         """What `begin` returned, or parts of it -> the enlarged values."""
         values, *more = inputs
+        values = self._values(values)
         low, high = self.network.value_range
         if self.network.split:
             height, width = (size * self.scale for size in values.shape[2:])
@@ -72,6 +74,12 @@ class Pass:
         if self.network.colour == "y":
             return ycbcr_to_rgb(torch.cat([y, imresize(rgb_to_ycbcr(values)[:, 1:], self.scale)], dim=1))
         return y
+
+    def _values(self, values: Tensor) -> Tensor:
+        """Values 0..1 of levels 0..255 (uint8) or 0..65535 (int32), which take less memory; values are as they are."""
+        if values.is_floating_point():
+            return values
+        return values.to(self.dtype) / (255 if values.dtype == torch.uint8 else 65535)
 
     def _given(self, values: Tensor) -> Tensor:
         """What the network gets: its colours, value range and dtype."""

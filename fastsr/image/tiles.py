@@ -130,6 +130,7 @@ def parts(
     tile: int | str | None = AUTO,
     pad: int | str | None = None,
     deterministic: bool = False,
+    memory: int | None = None,
 ) -> Iterator[tuple[Box, Tensor]]:
     """Yields (core, its enlarged values (N, C, h * scale, w * scale)) until the whole of values (N, C, H, W) is done.
 
@@ -140,9 +141,9 @@ def parts(
     A part that is not finite in half precision is computed again in float32, with a warning; raises
     FloatingPointError where that does not help. Raises ValueError where tiles are needed and the halo is not finite.
     """
-    image = Image(through.begin(values), through.ratios, through.network.multiple)
+    image = Image(_begun(through, values), through.ratios, through.network.multiple)
     half = through.network.dtype.itemsize < 4
-    if half and not all(torch.isfinite(tensor).all() for tensor in image.tensors):
+    if half and not all(torch.isfinite(tensor).all() for tensor in image.tensors[1:]):
         warnings.warn(f"not finite in {through.network.dtype}: continuing in float32", RuntimeWarning, stacklevel=2)
         through, half = through.widened(torch.float32), False
         image = image._replace(tensors=through.begin(values))
@@ -152,12 +153,12 @@ def parts(
 
     batch = 1
     if tile == AUTO:
-        small = math.prod(image.size) <= SMALL
+        small = math.prod(image.size) <= SMALL and memory is None
         tile = FIXED if deterministic else None
         if not (deterministic or small):
-            tile, batch = choose(through.finish, image, None, width)
+            tile, batch = choose(through.finish, image, None, width, memory)
     elif tile is not None and not deterministic and tile < max(image.size):
-        tile, batch = choose(through.finish, image, tile, width)
+        tile, batch = choose(through.finish, image, tile, width, memory)
     tile = tile if tile is not None and tile < max(image.size) else None
     wide: tuple[Pass, Image] | None = None
     for core, part, result in run(through.finish, image, through.scale, tile, width, batch, not deterministic):
@@ -170,14 +171,26 @@ def parts(
                 other = through.widened(torch.float32)
                 wide = other, image._replace(tensors=other.begin(values))
             result = wide[0].finish(wide[1].cut(part))[core.within(part).scaled(through.scale)]
-        finite = torch.isfinite(result)
-        if not finite.all():
+        if not torch.isfinite(result).all():
+            bad = int((~torch.isfinite(result)).sum())
             raise FloatingPointError(
-                f"upscale: {int((~finite).sum())} of {result.numel()} values of the result are not finite, in rows "
+                f"upscale: {bad} of {result.numel()} values of the result are not finite, in rows "
                 f"{core.top}..{core.bottom - 1} and columns {core.left}..{core.right - 1} of the image; "
                 "use a wider dtype, as in model.float(), or check the weights"
             )
         yield core, result
+        del result
+
+
+def _begun(through: Pass, values: Tensor) -> list[Tensor]:
+    """What has to see the whole image, with a word about it where there is too little memory."""
+    try:
+        return through.begin(values)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0]
+    raise MemoryError(f"{type(through.network).__name__} has to see the whole image, which does not fit: {reason}")
 
 
 def halo(through: Pass, image: Image, pad: int | str | None) -> int:
@@ -238,6 +251,7 @@ def run(
             for part, result in zip(parts, made.chunk(len(parts)), strict=True):
                 core = left.popleft()
                 yield core, part, result[core.within(part).scaled(scale)]
+            del made, result  # they would be alive while the next are made
             continue
         if not retry:
             raise MemoryError(f"out of memory for a part of {_shape(parts[0])} pixels: choose a smaller tile")
@@ -285,15 +299,19 @@ def out_of_memory(error: BaseException) -> bool:
 # How much memory there is, and how much a part takes.
 
 
-def choose(enlarge: Enlarge, image: Image, tile: int | None, halo: Callable[[], int]) -> tuple[int | None, int]:
-    """(tile, parts at once) that fit into SHARE of the free memory, by what a small part was measured to take.
+def choose(
+    enlarge: Enlarge, image: Image, tile: int | None, halo: Callable[[], int], memory: int | None = None
+) -> tuple[int | None, int]:
+    """(tile, parts at once) that fit into SHARE of the free memory and into `memory` bytes, by what a small part was
+    measured to take.
 
     tile: None lets it be chosen as well, and stays None where the whole image fits.
     """
     device = image.tensors[0].device
     height, width = image.size
     per_pixel = bytes_per_pixel(enlarge, image)
-    pixels = SHARE[device.type] * available(device) / per_pixel
+    free = SHARE[device.type] * available(device)
+    pixels = min(free, free if memory is None else memory) / per_pixel
     if tile is None:
         if height * width <= pixels:
             return None, 1
@@ -307,15 +325,21 @@ def bytes_per_pixel(enlarge: Enlarge, image: Image) -> float:
     of SAMPLE pixels a side. On CUDA by torch's own count; on the CPU by `Peak`. Infinite if even that does not fit."""
     height, width = (min(length, -(-SAMPLE // image.multiple) * image.multiple) for length in image.size)
     sample = [Box(0, height, 0, width)]
+
+    def used(tensors: list[Tensor]) -> Tensor:
+        made = enlarge(tensors)
+        torch.isfinite(made)
+        return made.clamp(0, 1)  # before it is rounded
+
     device = image.tensors[0].device
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        made = _attempt(enlarge, image, sample)
+        made = _attempt(used, image, sample)
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
         with Peak() as tracker:
-            made = _attempt(enlarge, image, sample)
+            made = _attempt(used, image, sample)
         peak = tracker.peak
     if made is None:
         return math.inf

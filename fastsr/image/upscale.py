@@ -107,7 +107,7 @@ def upscale(
                 "from the whole image, in float32, and averages turned images itself"
             )
         factor, scale = next_scale("ZSSR", ZSSR_SCALES, ZSSR_SCALES[0] if scale is None else scale)
-        values = _to_tensor(image, torch.float32).to(device or default_device(image))
+        values = to_tensor(image, torch.float32).to(device or default_device(image))
 
         def through(x: Tensor, convert: Convert) -> Tensor:
             return convert(_learn(x, factor, config, progress))
@@ -117,7 +117,7 @@ def upscale(
         network = as_network(model, device, dtype)
         factor, scale = next_scale(type(network).__name__, network.scales, scale)
         steps = Pass(network, factor, as_segmentation(network, segmentation))
-        values = _to_tensor(image, steps.dtype).to(network.device)
+        values = to_tensor(image, steps.dtype).to(network.device)
 
         def through(x: Tensor, convert: Convert) -> Tensor:
             if self_ensemble:
@@ -130,13 +130,13 @@ def upscale(
     peak = 65535 if _is_deep(image) else 255
 
     def levels(x: Tensor) -> Tensor:
-        return _to_levels(x, image)
+        return to_levels(x, image)
 
     def resized(x: Tensor) -> Tensor:
         result = through(x, _same)
         return imresize(result, scale / factor, shape=scaled_shape(height, width, scale)) if scale != factor else result
 
-    with torch.no_grad(), _repeatable(deterministic):
+    with torch.no_grad(), repeatable(deterministic):
         if values.shape[1] not in (1, 3):
             result = levels(_with_alpha(values, resized, smallest=0.5 / peak))
         elif scale != factor:
@@ -268,8 +268,8 @@ def enlarge(
     """What `upscale` makes, unchecked and not clamped: (N, C, H * scale, W * scale), C as in the image, values 0..1 and
     beyond, at least float32. A tensor may hold values beyond 0..1 too. The whole image goes through at once."""
     steps = Pass(network, scale, segmentation)
-    values = _to_tensor(image, steps.dtype).to(network.device)
-    with torch.inference_mode(), _evaluating(network), _evaluating(segmentation or nn.Identity()):
+    values = to_tensor(image, steps.dtype).to(network.device)
+    with torch.inference_mode(), evaluating(network), evaluating(segmentation or nn.Identity()):
         return steps.finish(steps.begin(values))
 
 
@@ -280,9 +280,10 @@ def _in_parts(
     shape = (*values.shape[:2], *(size * steps.scale for size in values.shape[2:]))
     like = convert(values.new_empty(0, *shape[1:]))
     whole = like.new_empty(shape)
-    with torch.inference_mode(), _evaluating(steps.network), _evaluating(steps.segmentation or nn.Identity()):
+    with torch.inference_mode(), evaluating(steps.network), evaluating(steps.segmentation or nn.Identity()):
         for core, result in tiles.parts(steps, values, tile, pad, deterministic):
             whole[core.scaled(steps.scale)] = convert(result)
+            del result  # so that its memory is free for the next
     return whole
 
 
@@ -303,7 +304,7 @@ def _turned_mean(enlarge: Convert, values: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _repeatable(deterministic: bool) -> Iterator[None]:
+def repeatable(deterministic: bool) -> Iterator[None]:
     """On CUDA, keeps cuDNN from algorithms whose sums vary from run to run, and from choosing them by stopwatch."""
     cudnn = torch.backends.cudnn
     before = cudnn.deterministic, cudnn.benchmark
@@ -316,7 +317,7 @@ def _repeatable(deterministic: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
+def evaluating(network: nn.Module) -> Iterator[None]:
     """Evaluation mode (batch norm, multi-supervision) for the time being; every submodule then gets its mode back."""
     modes = [(module, module.training) for module in network.modules()]
     network.eval()
@@ -344,8 +345,8 @@ def _with_alpha(values: Tensor, enlarge: Callable[[Tensor], Tensor], smallest: f
     return torch.cat([torch.where(visible, larger / covered.clamp(min=smallest), 0), covered * visible], dim=1)
 
 
-def _to_tensor(image: np.ndarray | Image.Image | Tensor, dtype: torch.dtype) -> Tensor:
-    """(N, C, H, W) with values 0..1."""
+def to_tensor(image: np.ndarray | Image.Image | Tensor, dtype: torch.dtype | None) -> Tensor:
+    """(N, C, H, W) with values 0..1; of arrays and PIL images without a dtype the levels, uint8 or int32."""
     if isinstance(image, Tensor):
         return image.detach().to(dtype)
     pixels = io.pixels_of(image) if isinstance(image, Image.Image) else image
@@ -353,7 +354,8 @@ def _to_tensor(image: np.ndarray | Image.Image | Tensor, dtype: torch.dtype) -> 
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     # A copy in native byte order; 16 unsigned bits are hardly supported by torch, 32 signed ones hold them.
     pixels = np.array(pixels, np.int32 if peak > 255 else np.uint8).transpose(2, 0, 1)[None]
-    return torch.from_numpy(np.ascontiguousarray(pixels)).to(dtype) / peak
+    levels = torch.from_numpy(np.ascontiguousarray(pixels))
+    return levels if dtype is None else levels.to(dtype) / peak
 
 
 def _is_deep(image: np.ndarray | Image.Image | Tensor) -> bool:
@@ -361,17 +363,17 @@ def _is_deep(image: np.ndarray | Image.Image | Tensor) -> bool:
     return image.mode.startswith("I") if isinstance(image, Image.Image) else image.dtype == np.uint16
 
 
-def _to_levels(values: Tensor, like: np.ndarray | Image.Image | Tensor) -> Tensor:
+def to_levels(values: Tensor, like: np.ndarray | Image.Image | Tensor) -> Tensor:
     """Values clamped to 0..1: in the dtype of a tensor `like`; else as levels of its depth, rounded, halves up."""
     values = values.clamp(0, 1)
     if isinstance(like, Tensor):
         return values.to(like.dtype)
     deep = _is_deep(like)
-    return torch.floor(values * (65535 if deep else 255) + 0.5).to(torch.int32 if deep else torch.uint8)
+    return values.mul_(65535 if deep else 255).add_(0.5).floor_().to(torch.int32 if deep else torch.uint8)
 
 
 def _from_levels(levels: Tensor, like: np.ndarray | Image.Image | Tensor) -> np.ndarray | Image.Image | Tensor:
-    """An image of the kind and depth of `like` from what `_to_levels` made."""
+    """An image of the kind and depth of `like` from what `to_levels` made."""
     if isinstance(like, Tensor):
         return levels.to(like.device)
     pixels = levels[0].permute(1, 2, 0).contiguous().cpu().numpy()
