@@ -130,6 +130,15 @@ def test_segmentation_of_other_sizes():
     assert model.scales == ()
     with pytest.raises(ValueError, match="outdoor_scene_seg: expected 3 stem sizes"):
         fastsr.create("outdoor_scene_seg", stem=(4, 4))
+    with pytest.raises(ValueError, match="expected each stage to change the number of channels; got .*outs=\\(8, 8"):
+        fastsr.create("outdoor_scene_seg", outs=(8, 8, 16, 32))
+
+
+def test_segmentation_of_other_sizes_gives_a_multiple_of_eight():
+    model = fastsr.create("outdoor_scene_seg", **SMALL_SEG)
+    with torch.inference_mode():
+        for height in range(11, 28):
+            assert model(torch.rand(1, 3, height, 16)).shape[2] == 8 * ((height + 5) // 8)
 
 
 def test_condition_feeds_the_segmentation_as_the_authors_script_does():

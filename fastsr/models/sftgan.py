@@ -183,6 +183,9 @@ class SegConfig:
         sizes = (self.channels, self.head, self.classes, *self.stem, *(n for stage in stages for n in stage))
         if len(self.stem) != 3 or any(len(stage) != 4 for stage in stages) or min(sizes) < 1:
             raise ValueError(f"outdoor_scene_seg: expected 3 stem sizes, 4 stages, all at least 1; got {self}")
+        before = (self.stem[-1], *self.outs[:-1])
+        if any(a == b for a, b in zip(before, self.outs)):  # a stage is told by the projection in front of it
+            raise ValueError(f"outdoor_scene_seg: expected each stage to change the number of channels; got {self}")
 
 
 class Bottleneck(nn.Module):
@@ -271,7 +274,7 @@ class OutdoorSceneSeg(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, 3, H, W), BGR in 0..255 minus BGR_MEAN, H and W multiples of 8 -> (N, 8, H, W), the probabilities of
-        CLASSES. Other sizes give the next multiple of 8 or the one after, as the authors' network does."""
+        CLASSES. Other sizes give a multiple of 8, as the authors' network does: 8n - 5 to 8n + 2 give 8n."""
         return F.softmax(self.logits(x), 1)
 
 
