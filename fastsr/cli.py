@@ -19,6 +19,7 @@ from fastsr.evaluate import PROTOCOLS, evaluate
 from fastsr.image import io, tiles
 from fastsr.image.batch import Event, Work, find_jobs, upscale_files
 from fastsr.image.journal import network_digest
+from fastsr.image.stream import upscale_to_tiff
 from fastsr.image.upscale import (
     ZSSR,
     ZSSR_SCALES,
@@ -267,17 +268,19 @@ def _network(args: argparse.Namespace) -> Work:
     if args.iterations is not None:
         raise TypeError("--iterations are for zssr; this network has learnt")
     factor, scale = next_scale(type(network).__name__, network.scales, args.scale)
-    how = {
-        "tile": args.tile or None, "tile_pad": args.tile_pad,
-        "self_ensemble": args.self_ensemble, "deterministic": args.deterministic,
-    }  # fmt: skip
+    how = {"tile": args.tile or None, "tile_pad": args.tile_pad, "deterministic": args.deterministic}
     tiles.check(how["tile"], how["tile_pad"])
 
     def enlarge(image: Any, progress: Any) -> Any:
-        return upscale(image, network, scale=scale, segmentation=segmentation, **how)
+        return upscale(image, network, scale=scale, segmentation=segmentation, self_ensemble=args.self_ensemble, **how)
 
-    options = {**how, "segmentation": None if segmentation is None else network_digest(segmentation)}
-    return _work(enlarge, type(network).__name__, factor, scale, network_digest(network), device, options)
+    def stream(path: Path, picture: io.Picture) -> None:
+        upscale_to_tiff(path, picture, network, scale=factor, segmentation=segmentation, **how)
+
+    options = {**how, "self_ensemble": args.self_ensemble}
+    options["segmentation"] = None if segmentation is None else network_digest(segmentation)
+    work = _work(enlarge, type(network).__name__, factor, scale, network_digest(network), device, options)
+    return work if args.self_ensemble else dataclasses.replace(work, stream=stream)
 
 
 def _zssr(args: argparse.Namespace) -> Work:

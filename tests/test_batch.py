@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import multiprocessing.forkserver
@@ -362,6 +363,40 @@ def test_a_signal_while_writing_waits_until_it_is_written(tmp_path, folder, monk
     monkeypatch.undo()
     entries = Journal(out).entries()
     assert list(contents(out)) == list(entries) == ["a.png"] and Journal(out).holds(entries["a.png"])
+
+
+def test_large_tiffs_are_streamed(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(batch, "STREAMED", 100)
+    streamed = []
+
+    def stream(path, picture):
+        streamed.append(path.name)
+        if len(streamed) == 2:
+            ask_to_end()
+        io.write(path, picture)
+
+    io.write(folder / "few.png", Picture(made(height=5, width=5)))
+    io.write(folder / "alpha.png", Picture(made(channels=4)))
+    jobs, out = find_jobs([folder], str(tmp_path / "out"), extension="tiff")
+    events = []
+    work = dataclasses.replace(doubling(), stream=stream)
+    assert upscale_files(jobs, work, out, resume=True, report=events.append) == 128 + signal.SIGTERM
+    assert upscale_files(jobs, work, out, resume=True, report=events.append) == 0
+    assert streamed == ["a.tiff", "b.tiff", "b.tiff", "d.tiff"]
+    entries = Journal(out).entries()
+    assert entries.keys() == contents(out).keys() and all(map(Journal(out).holds, entries.values()))
+    assert [e["size"] for e in events if e["event"] == "done"] == [[16, 12]] * 3 + [[10, 10]] + [[16, 12]]
+
+
+def test_the_command_streams(tmp_path, folder, weights, monkeypatch, capsys):
+    command = [folder, "--model", weights, "-s", 2, "--ext", "tiff"]
+    assert run(capsys, *command, "-o", tmp_path / "whole")[0] == 0
+    monkeypatch.setattr(batch, "STREAMED", 100)
+    assert run(capsys, *command, "-o", tmp_path / "streamed")[0] == 0
+    for name in ("a.tiff", "b.tiff", "c/d.tiff"):
+        with Image.open(tmp_path / "streamed" / name) as image:
+            assert image.tag_v2[322] == 256  # tiles
+            np.testing.assert_array_equal(np.asarray(image), io.read(tmp_path / "whole" / name).pixels)
 
 
 def test_warnings_are_noted_with_their_image(tmp_path, folder):

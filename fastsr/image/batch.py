@@ -24,6 +24,7 @@ from fastsr.image.resize import scaled_shape
 from fastsr.image.upscale import check_size
 from fastsr.op import explain
 
+STREAMED = 2**25  # pixels of a result; smaller ones are rather compressed
 LOOKED_FOR = (*io.FORMATS, ".gif")  # in folders
 Event = dict[str, Any]
 
@@ -44,6 +45,7 @@ class Work:
         share from 0 to 1, and words), and returns the larger one.
     factor: the network's scale. scale: that of the result. model, options: what decides about results, as hashes.
     about: what is said with each result, such as the network's name.
+    stream: writes the result into a TIFF without ever holding all of it, for those of more than STREAMED pixels.
     """
 
     enlarge: Callable[[Any, Callable[[float, str], None]], Any]
@@ -52,6 +54,7 @@ class Work:
     model: str
     options: Mapping[str, Any]
     about: Mapping[str, Any]
+    stream: Callable[[Path, io.Picture], None] | None = None
 
 
 class Stopped(BaseException):
@@ -219,31 +222,52 @@ def _one(
 
     tell("start", job)
     started = time.perf_counter()
-    made: list[Any] = []
+    made: list[tuple[bytes, tuple[str, ...]]] = []
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         picture = io.read(job.source)
         if file_digest(job.source) != entry.input:
             raise OSError(f"{job.source}: changed while it was being read; run again")
-        pixels = picture.pixels[..., 0] if picture.pixels.shape[2] == 1 else picture.pixels
-        calls = explain(lambda: made.append(work.enlarge(pixels, progress)))
-    heard = dict.fromkeys(str(w.message) for w in warned if issubclass(w.category, (UserWarning, RuntimeWarning)))
-    larger = made[0][..., None] if made[0].ndim == 2 else made[0]
-    encoded, notes = io.encode(job.target, replace(picture, pixels=larger))
+        if _streams(job, picture, work):
+            job.target.parent.mkdir(parents=True, exist_ok=True)
+            calls = explain(work.stream, job.target, picture)
+            entry = replace(entry, size=job.target.stat().st_size, sha256=file_digest(job.target))
+        else:
+            calls = explain(lambda: made.append(_encoded(job, picture, work, progress)))
+    notes = [str(w.message) for w in warned if issubclass(w.category, (UserWarning, RuntimeWarning))]
     with signals.held():
-        job.target.parent.mkdir(parents=True, exist_ok=True)
-        io.write_atomically(job.target, encoded)
+        for encoded, lost in made:
+            job.target.parent.mkdir(parents=True, exist_ok=True)
+            io.write_atomically(job.target, encoded)
+            entry = replace(entry, size=len(encoded), sha256=hashlib.sha256(encoded).hexdigest())
+            notes += lost
         if journal is not None:
-            journal.add(replace(entry, size=len(encoded), sha256=hashlib.sha256(encoded).hexdigest()))
+            journal.add(entry)
+    height, width = picture.pixels.shape[:2]
     return {
         "output": str(job.target),
-        "size_before": [pixels.shape[1], pixels.shape[0]],
-        "size": [larger.shape[1], larger.shape[0]],
+        "size_before": [width, height],
+        "size": list(reversed(scaled_shape(height, width, work.scale))),
         **work.about,
         "backends": sorted({call.backend for call in calls}),
         "seconds": round(time.perf_counter() - started, 3),
-        "notes": [*picture.notes, *heard, *notes],
+        "notes": list(dict.fromkeys([*picture.notes, *notes])),
     }
+
+
+def _streams(job: Job, picture: io.Picture, work: Work) -> bool:
+    height, width, channels = picture.pixels.shape
+    large = height * width * work.factor**2 > STREAMED and work.scale == work.factor
+    return work.stream is not None and large and channels in (1, 3) and io.format_of(job.target).name == "TIFF"
+
+
+def _encoded(
+    job: Job, picture: io.Picture, work: Work, progress: Callable[[float, str], None]
+) -> tuple[bytes, tuple[str, ...]]:
+    """The file to write, and notes on what it cannot hold."""
+    gray = picture.pixels.shape[2] == 1
+    larger = work.enlarge(picture.pixels[..., 0] if gray else picture.pixels, progress)
+    return io.encode(job.target, replace(picture, pixels=larger[..., None] if gray else larger))
 
 
 class _Signals:
