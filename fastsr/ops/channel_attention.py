@@ -35,8 +35,12 @@ def expect_gate(
 ) -> None:
     """Checks the weights of a gate over `channels` channels, and that they have the dtype and device of x."""
     hidden = down_weight.shape[0]
-    expect(down_weight.shape == (hidden, channels, 1, 1), f"down_weight is (R, {channels}, 1, 1)", it=down_weight)
-    expect(up_weight.shape == (channels, hidden, 1, 1), f"up_weight is ({channels}, {hidden}, 1, 1)", it=up_weight)
+    expect(
+        down_weight.shape == (hidden, channels, 1, 1), f"down_weight is (R, {channels}, 1, 1)", down_weight=down_weight
+    )
+    expect(
+        up_weight.shape == (channels, hidden, 1, 1), f"up_weight is ({channels}, {hidden}, 1, 1)", up_weight=up_weight
+    )
     expect(down_bias.shape == (hidden,) and up_bias.shape == (channels,), "down_bias is (R,) and up_bias (C,)",
            down_bias=down_bias, up_bias=up_bias)  # fmt: skip
     expect_alike(x=x, down_weight=down_weight, down_bias=down_bias, up_weight=up_weight, up_bias=up_bias)

@@ -37,7 +37,7 @@ def expect_branches(x: Tensor, condition: Tensor, channels: int, **branches: lis
     """Checks x, the condition and the branches that make maps of so many channels, named as the arguments are."""
     images = x.dim() == 4 and condition.dim() == 4 and x.shape[0] == condition.shape[0]
     expect(images and x.shape[2:] == condition.shape[2:], "x is (N, C, H, W) and condition (N, K, H, W)",
-           x_and_condition=[x, condition])  # fmt: skip
+           x=x, condition=condition)  # fmt: skip
     expect_alike(x=x, condition=condition, **branches)
     for name, weights in branches.items():
         expect(len(weights) == 4, f"{name} is [weight, bias, weight, bias]", **{name: weights})
