@@ -174,6 +174,12 @@ def test_deep_networks_have_a_stated_halo_unless_asked():
     assert halo_of(shallow, pad=None) == halo_of(shallow) == 9
 
 
+def test_measuring_is_not_explained():
+    steps = steps_of("carn x2")
+    assert fastsr.explain(halo_of, steps) == []
+    assert halo_of(steps) == 21
+
+
 # Tiled equals whole
 
 
