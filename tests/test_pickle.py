@@ -9,6 +9,7 @@ import os
 import pickle
 import struct
 import sys
+import time
 import tracemalloc
 import types
 import zipfile
@@ -528,12 +529,59 @@ def test_modules_doubling(read):
     for i in range(60):
         children = b"}(" + value("a") + b"h%c" % i + value("b") + b"h%cu" % i
         program += make(name("a", "M"), mapping(_parameters=b"}", _buffers=b"}", _modules=children)) + b"q%c" % (i + 1)
-    with pytest.raises(CheckpointError, match=r"more than 1,000,000 attributes"):
+    with pytest.raises(CheckpointError, match=r"more than 500,000 attributes"):
         read(zipped(whole(program)))
     deep = b"".join(name("a", "M") + b")\x81}(" + value("_parameters") + b"}" + value("_modules") + b"}" + value("m")
                     for _ in range(150))  # fmt: skip
     with pytest.raises(CheckpointError, match="100 modules in each other"):
         read(zipped(whole(deep + b"N" + b"sub" * 150)))
+
+
+def module(parameters: bytes = b"", modules: bytes = b"", **more: bytes) -> bytes:
+    """A module; parameters, modules: names and values in turn."""
+    parts = {"_parameters": b"}(" + parameters + b"u", "_modules": b"}(" + modules + b"u"}
+    return make(name("a", "M"), mapping(**parts, **more))
+
+
+def often(part: bytes, count: int) -> bytes:
+    """A value under many names."""
+    return b"".join(value(str(i)) + part for i in range(count))
+
+
+KEPT, COUNT = b"q\xff0", 20_000  # a value that is kept for later, and taken off the stack; h\xff is that value
+REPEATED = {
+    "names": (
+        module(modules=value("x" * 600) + module(modules=value("x" * 600) + module(value("w") + tensor(
+            storage("0", 4), 0, (4,), (1,))))), "a name of more than 1,000 characters"),
+    "tensors": (
+        tensor(storage("0", 4), 0, (0,), (1,)) + KEPT + module(often(b"h\xff", 500)) + KEPT
+        + module(modules=often(b"h\xff", 500)), "more than 100,000 tensors"),
+    "sets": (
+        call(name("builtins", "set"), b"](" + b"K\x01" * COUNT + b"e") + KEPT
+        + module(_non_persistent_buffers_set=b"h\xff") + KEPT + module(modules=often(b"h\xff", COUNT)),
+        "more than 500,000 attributes"),
+    "pairs": (
+        b"](" + b"K\x01N\x86" * COUNT + b"e\x85" + KEPT + b"}(" + often(name("collections", "OrderedDict") + b"h\xffR",
+        COUNT) + b"u", "dicts of more than 2,000,000 pairs"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REPEATED)
+def test_what_is_written_once_is_not_paid_for_without_end(read, case):
+    program, message = REPEATED[case]
+    with pytest.raises(CheckpointError, match=message):
+        read(zipped(whole(program), FOUR))
+
+
+def test_a_dict_of_pairs_is_made_once(read):
+    """Attributes that are all one module, whose attributes are pairs as Python 2 wrote them."""
+    pairs = b"](" + b"".join(value(k) + b"}\x86" for k in ("_parameters", "_modules")) + b"K\x01N\x86" * COUNT + b"e"
+    shared = make(name("a", "M"), call(name("collections", "OrderedDict"), pairs)) + KEPT
+    part = value("w") + tensor(storage("0", 4), 0, (4,), (1,))
+    program = shared + module(part, **{str(i): b"h\xff" for i in range(COUNT)})
+    start = time.process_time()
+    assert list(read(zipped(whole(program), FOUR))) == ["w"]
+    assert time.process_time() - start < 20  # a minute and more, were it made for each
 
 
 def test_too_many_steps(read, monkeypatch):

@@ -27,6 +27,7 @@ LONGEST_LINE = 1 << 20
 LONGEST_NUMBER = 1000  # digits, or bytes
 LONGEST_KEY = 10_000  # characters
 MOST_AXES = 32
+INSTEAD = "save the module's state_dict() instead"
 
 # Not what makes this safe, since nothing is ever called: files that would call these are refused by name.
 # fmt: off
@@ -41,7 +42,7 @@ HOSTILE_BUILTINS = frozenset({
 # fmt: on
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Name:
     """A class or function that a pickle names; nothing was imported."""
 
@@ -52,7 +53,7 @@ class Name:
         return f"{self.module}.{self.name}"[:200]
 
 
-@dataclass(eq=False, repr=False)
+@dataclass(eq=False, repr=False, slots=True)
 class Call:
     """What Python would have got by calling `function`, had this been Python: see `function`, `arguments`, the `state`
     it would have been given then, the `items` appended to it and the `entries` set in it."""
@@ -67,7 +68,7 @@ class Call:
         return str(self.function) if isinstance(self.function, Name) else "computed function"
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(frozen=True, eq=False, repr=False, slots=True)
 class Reference:
     """A persistent id: what it names is outside the pickle."""
 
@@ -104,6 +105,7 @@ class _Machine:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.references: list[Reference] = []
+        self.pairs = 0
 
     def run(self) -> Any:
         for _ in range(MOST_STEPS):
@@ -117,7 +119,7 @@ class _Machine:
             if step is None:
                 raise damaged(f"a pickle holds the unknown instruction {opcode!r}")
             step(self)
-        raise CheckpointError(f"a pickle of more than {MOST_STEPS:,} steps; save the module's state_dict() instead")
+        raise CheckpointError(f"a pickle of more than {MOST_STEPS:,} steps; {INSTEAD}")
 
     # Bytes.
 
@@ -186,7 +188,13 @@ class _Machine:
             builtin = function.module in ("builtins", "__builtin__") and function.name in HOSTILE_BUILTINS
             if builtin or function.module.split(".")[0] in HOSTILE_MODULES:
                 raise CheckpointError(f"the file wants to call {function}, which weights never need; nothing was run")
-        self.push(Call(function, arguments))
+        made = Call(function, arguments)
+        if function in DICTS and arguments and isinstance(arguments[0], list):  # by Python 2
+            self.pairs += len(arguments[0])
+            if self.pairs > MOST_STEPS:
+                raise CheckpointError(f"dicts of more than {MOST_STEPS:,} pairs, many times the same; {INSTEAD}")
+            made.entries = _of_pairs(arguments[0])
+        self.push(made)
 
     def build(self) -> None:
         state, target = self.pop(), self.top()
@@ -213,17 +221,23 @@ class _Machine:
 
 
 def _key(key: Any) -> Any:
-    """A key of a dict whose hash takes neither deep recursion nor long, nor is that of many others."""
-    for part in key[:MOST_AXES] if isinstance(key, tuple) else (key,):
-        if isinstance(part, (str, bytes)):
-            plain = len(part) <= LONGEST_KEY
-        elif isinstance(part, int):
-            plain = abs(part) < 1 << 64
-        else:
-            plain = part is None or isinstance(part, (float, Name, Call, Reference))
-        if not plain or (isinstance(key, tuple) and len(key) > MOST_AXES):
-            raise CheckpointError(f"a pickle has a {type(part).__name__} in a key; expected short texts and numbers")
-    return key
+    """A key of a dict whose hash takes neither deep recursion nor long, nor is that of many others. A tuple, by which
+    nobody looks anything up, becomes a key of its own."""
+    if isinstance(key, (str, bytes)):
+        plain = len(key) <= LONGEST_KEY
+    elif isinstance(key, int):
+        plain = abs(key) < 1 << 64
+    else:
+        plain = key is None or isinstance(key, (float, tuple, Name, Call, Reference))
+    if not plain:
+        raise CheckpointError(f"a pickle has a {type(key).__name__} as a key; expected short texts and numbers")
+    return object() if isinstance(key, tuple) else key
+
+
+def _of_pairs(pairs: list[Any]) -> dict[Any, Any]:
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+        raise damaged("an OrderedDict is not made of pairs")
+    return {_key(key): value for key, value in pairs}
 
 
 def _text(data: memoryview) -> str:
@@ -252,7 +266,7 @@ def _long(machine: _Machine, size: int) -> int:
 
 
 def _unsupported(machine: _Machine) -> None:
-    raise CheckpointError("a pickle refers to buffers or extensions outside it; save the module's state_dict() instead")
+    raise CheckpointError(f"a pickle refers to buffers or extensions outside it; {INSTEAD}")
 
 
 def _new(function: Name) -> Callable[[_Machine], None]:
@@ -404,11 +418,6 @@ def entries(value: Any) -> dict[Any, Any] | None:
         return value
     if not isinstance(value, Call):
         return None
-    if value.function in DICTS and value.arguments and isinstance(value.arguments[0], list):  # by Python 2
-        pairs = value.arguments[0]
-        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
-            raise damaged("an OrderedDict is not made of pairs")
-        return {_key(k): v for k, v in pairs}
     return value.entries if value.function in DICTS or value.entries else None
 
 

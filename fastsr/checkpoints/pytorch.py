@@ -33,7 +33,9 @@ SEEN = "real files; tar: not seen a real file"
 
 MAGIC = 0x1950A86A20F9469CFC6C  # first value of the form between zip and tar
 SHARING = 32  # how often a file's bytes may be in tensors: weights shared by recursion are there once
-MOST_VISITS = 1_000_000  # of modules, their attributes and their tensors
+MOST_VISITS = 500_000  # of modules, their attributes and their tensors; a pickled RCAN takes 60,000
+MOST_TENSORS = 100_000  # in modules, where a file may repeat them by reference
+LONGEST_NAME = 1000  # characters, of a tensor in a module
 DEEPEST = 100  # modules in modules
 WRAPPINGS = 10  # of a tensor in a Parameter in a subclass
 
@@ -320,6 +322,7 @@ class _Collector:
     def __init__(self, resolve: Resolve, size: int) -> None:
         self.resolve, self.budget, self.visits = resolve, Budget(SHARING * size), 0
         self.arrays = Budget(size)
+        self.tensors = 0
         self.made: dict[int, Any] = {}
         self.hints: dict[str, Any] = {}
 
@@ -413,13 +416,20 @@ class _Collector:
         for attribute in attributes.values():  # an object of options, as `args` or `config`
             if not _is_module(attribute):
                 self.hint(_attributes(attribute))
-        passing = _members(attributes.get("_non_persistent_buffers_set"))
+        members = _members(attributes.get("_non_persistent_buffers_set"))
+        self.visit(depth, len(members))
+        passing = {member for member in members if isinstance(member, str)}
         parts = [entries(attributes.get(part)) or {} for part in ("_parameters", "_buffers", "_modules")]
         parameters, buffers, modules = parts
         self.visit(depth, sum(map(len, parts)))
         for name, value in (parameters | {n: v for n, v in buffers.items() if n not in passing}).items():
             tensor = self.tensor(value)
             if tensor is not None:
+                self.tensors += 1
+                if self.tensors > MOST_TENSORS or len(prefix) + len(str(name)) > LONGEST_NAME:
+                    raise CheckpointError(
+                        f"more than {MOST_TENSORS:,} tensors, or a name of more than {LONGEST_NAME:,} characters"
+                    )
                 state[f"{prefix}{name}"] = tensor
         for name, child in modules.items():
             child = self.unwrapped(child)
@@ -457,12 +467,12 @@ def _is_module(value: Any) -> bool:
     return "_parameters" in attributes and "_modules" in attributes
 
 
-def _members(value: Any) -> set[str]:
-    """The texts in a set."""
+def _members(value: Any) -> list[Any]:
+    """What is in a set."""
     if not isinstance(value, Call):
-        return set()
+        return []
     listed = value.arguments[0] if value.arguments and isinstance(value.arguments[0], list) else []
-    return {member for member in [*listed, *value.items] if isinstance(member, str)}
+    return [*listed, *value.items]
 
 
 def _kind(value: Any) -> str:
