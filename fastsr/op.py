@@ -140,7 +140,7 @@ def describe(value: Any) -> str:
     return repr(value)
 
 
-def expect(condition: bool, expectation: str, **got: Any) -> None:
+def expect(condition: bool, expectation: str, /, **got: Any) -> None:
     """Raises ValueError("expected <expectation>; got name=value, ...") unless the condition holds. For `check`."""
     if not condition:
         raise ValueError(f"expected {expectation}; got " + ", ".join(f"{k}={describe(v)}" for k, v in got.items()))
