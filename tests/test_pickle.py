@@ -620,7 +620,7 @@ def test_archives_that_claim_too_much(read):
         (entry + 8, "<H", 1, "encrypted"),
         (entry + 10, "<H", 99, "method 99"),
         (entry + 16, "<I", 12345, "does not have its checksum"),
-        (entry + 20, "<I", 1 << 31, "claims 2,147,483,648 bytes"),
+        (entry + 20, "<I", 1 << 31, "members of the archive overlap"),
         (entry + 24, "<I", 1 << 31, "64 times"),
         (entry + 24, "<I", 3, "instead of 3"),
         (entry + 28, "<H", 60000, "ends in the middle"),
@@ -629,6 +629,10 @@ def test_archives_that_claim_too_much(read):
     ):
         with pytest.raises(CheckpointError, match=message):
             read(patched(at, form, number))
+    alone = archive({"m/data.pkl": program})
+    at = alone.index(b"PK\1\2") + 20
+    with pytest.raises(CheckpointError, match="claims 2,147,483,648 bytes"):
+        read(alone[:at] + struct.pack("<I", 1 << 31) + alone[at + 4 :])
     longest = data[: end + 16] + b"\xff" * 4 + data[end + 20 :]  # the 64-bit directory, which is not there
     with pytest.raises(CheckpointError, match="points to where nothing is"):
         read(longest)

@@ -91,7 +91,7 @@ class Archive:
             _, count, length, start = self._unpack("<32xQQQ", at, b"PK\x06\x06")
         if count > MOST_MEMBERS or length > len(self.data):
             raise damaged(f"the archive claims {count:,} members and a directory of {length:,} bytes")
-        members = {}
+        members, spans = {}, []
         for _ in range(count):
             at, flags, method, checksum, packed, size, *lengths, begin = self._unpack(
                 "<8xHH4xIIIHHH8xI", start, b"PK\x01\x02"
@@ -105,6 +105,10 @@ class Archive:
             long = self._long_fields(self.data[after : after + extra_length])
             size, packed, begin = (long.pop(0) if n == 0xFFFFFFFF and long else n for n in (size, packed, begin))
             members[name] = Member(method, flags, checksum, packed, size, begin)
+            spans.append((begin, begin + 30 + packed))
+        spans.sort()
+        if any(end > start for (_, end), (start, _) in zip(spans, spans[1:])):  # so that no byte is paid for often
+            raise damaged("members of the archive overlap")
         return members
 
     @staticmethod

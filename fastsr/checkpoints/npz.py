@@ -27,6 +27,7 @@ SEEN = "not seen a real file"
 MAGIC = b"\x93NUMPY"
 LONGEST_HEADER = 1 << 16
 MOST_ENTRIES = 100_000
+LONGEST_NAME = 1000  # characters
 DEEPEST = 8  # lists in lists
 
 
@@ -39,27 +40,29 @@ def matches(data: memoryview) -> bool:
 
 def read(path: Path) -> Content:
     """Arrays by name: `<name>`; `<name>.<n>` for those in a list or an array of objects; `<name>.<key>` for those in a
-    dict. In a `.npy` file the first part is missing. Types are the file's; objects that are no arrays are left out.
+    dict. In a `.npy` file the first part is missing. Types are the file's; texts, dates and objects that are no
+    arrays are left out.
 
     Raises CheckpointError if the file is damaged or hostile, or without arrays.
     """
     with opened(path) as data:
         content = Content()
+        names = _Names(content)
         if data[:6] == MAGIC:
-            _Names(content, len(data)).add("", _array(data))
+            names.add("", _array(data), len(data))
         else:
             archive = Archive(data)
             for name in archive.members:
                 if name.endswith(".npy"):
                     array = archive.read(name)
-                    _Names(content, len(array)).add(name.removesuffix(".npy"), _array(array))
+                    names.add(name.removesuffix(".npy"), _array(array), len(array))
         if not content:
             raise CheckpointError("no named array of numbers; expected a list or a dict of weights")
         return content
 
 
 def _array(data: memoryview) -> Any:
-    """An array of numbers as a tensor, one of objects as what its pickle holds."""
+    """An array of numbers as a tensor, one of objects as what its pickle holds; None for texts and dates."""
     if data[:6] != MAGIC or len(data) < 12 or data[6] not in (1, 2, 3):
         raise damaged("an array without NumPy's header")
     wide = 2 if data[6] == 1 else 4
@@ -68,7 +71,7 @@ def _array(data: memoryview) -> Any:
     if length > min(LONGEST_HEADER, len(data) - start):
         raise damaged(f"an array claims a header of {length:,} bytes")
     header = bytes(data[start : start + length]).decode("latin-1")
-    code = re.search(r"""['"]descr['"]\s*:\s*['"]([<>|=]?)([A-Za-z]\d{0,2})['"]""", header)
+    code = re.search(r"""['"]descr['"]\s*:\s*['"]([<>|=]?)([A-Za-z]\d{0,9})(?:\[\w+\])?['"]""", header)
     order = re.search(r"""['"]fortran_order['"]\s*:\s*(True|False)""", header)
     shape = re.search(r"""['"]shape['"]\s*:\s*\(([\dL,\s]*)\)""", header)
     if not code or not order or not shape:
@@ -83,22 +86,32 @@ def _array(data: memoryview) -> Any:
         if not isinstance(held, list):
             raise damaged("an array of objects is pickled as something else")
         return held[0] if sizes == () and held else held
+    if code[2][0] in pickles.PASSED:
+        return None
     if code[2] not in pickles.KINDS:
         raise CheckpointError(f"an array of the type {code[2]!r}; expected plain numbers")
     return pickles.numbers(body, (code[1] or "=") + code[2], sizes, order[1] == "True", Budget(len(body)))
 
 
 class _Names:
-    """Adds what is in lists and dicts to a content, by names. `size`: the bytes that were there."""
+    """Adds arrays, and those in lists and dicts, to a content, by names."""
 
-    def __init__(self, content: Content, size: int) -> None:
-        self.content, self.budget, self.entries = content, Budget(size), 0
-        self.made: dict[int, Any] = {}
+    def __init__(self, content: Content) -> None:
+        self.content, self.entries = content, 0
 
-    def add(self, name: str, value: Any, depth: int = 0) -> None:
+    def add(self, name: str, value: Any, size: int) -> None:
+        """Adds what a member of the file holds, which has `size` bytes."""
+        self.budget = Budget(size)
+        self.made: dict[int, Any] = {}  # by id
+        self.enter(name, value, 0)
+
+    def enter(self, name: str, value: Any, depth: int) -> None:
         self.entries += 1
-        if self.entries > MOST_ENTRIES or depth > DEEPEST:
-            raise CheckpointError(f"more than {MOST_ENTRIES:,} arrays, or lists more than {DEEPEST} deep in each other")
+        if self.entries > MOST_ENTRIES or depth > DEEPEST or len(name) > LONGEST_NAME:
+            raise CheckpointError(
+                f"more than {MOST_ENTRIES:,} arrays, lists more than {DEEPEST} deep in each other, or a name of more "
+                f"than {LONGEST_NAME:,} characters"
+            )
         if not isinstance(value, Tensor):
             if id(value) not in self.made:
                 self.made[id(value)] = pickles.array(value, self.budget)
@@ -111,4 +124,4 @@ class _Names:
         parts = enumerate(value) if isinstance(value, (list, tuple)) else (pickles.entries(value) or {}).items()
         for key, part in parts:
             if isinstance(key, (str, int)):
-                self.add(f"{name}.{key}" if name else str(key), part, depth + 1)
+                self.enter(f"{name}.{key}" if name else str(key), part, depth + 1)

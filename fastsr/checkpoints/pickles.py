@@ -447,11 +447,13 @@ def sizes_of(value: Any) -> tuple[int, ...]:
 ARRAYS = tuple(Name(m, "_reconstruct") for m in ("numpy.core.multiarray", "numpy._core.multiarray"))
 BUFFERS = tuple(Name(m, "_frombuffer") for m in ("numpy.core.numeric", "numpy._core.numeric"))
 ENCODE = Name("_codecs", "encode")
-KINDS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "b1"}
+KINDS = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1", "c8", "c16"}
+PASSED = "USaMm"  # texts and dates, which files of training hold beside numbers
 
 
 def array(value: Any, budget: Budget) -> Tensor | list[Any] | None:
-    """A NumPy array as a tensor, or as the flat list of what an array of objects holds; None for anything else.
+    """A NumPy array as a tensor, or as the flat list of what an array of objects holds; None for anything else, also
+    for arrays of texts and dates.
 
     Its sizes have to be those of the bytes that are there. Raises CheckpointError.
     """
@@ -466,6 +468,8 @@ def array(value: Any, budget: Budget) -> Tensor | list[Any] | None:
     else:
         return None
     sizes, code = sizes_of(sizes), _kind(kind)
+    if code[0] in PASSED:
+        return None
     if code == "O":
         if not isinstance(content, list) or len(content) != math.prod(sizes):
             raise damaged(f"an array of objects of sizes {sizes} does not hold as many")
@@ -489,12 +493,14 @@ def numbers(data: memoryview, code: str, sizes: tuple[int, ...], fortran: bool, 
 
 
 def _kind(value: Any) -> str:
-    """The type string of a pickled numpy.dtype."""
+    """The type string of a pickled numpy.dtype, without an order of bytes for those that are passed over."""
     known = isinstance(value, Call) and value.function == Name("numpy", "dtype") and value.arguments
     code = value.arguments[0] if known else None
     state = value.state if known and isinstance(value.state, tuple) and len(value.state) > 1 else (3, "|")
     if code in ("O", "O4", "O8"):
         return "O"
+    if isinstance(code, str) and code[:1] in tuple(PASSED):
+        return code
     if not isinstance(code, str) or code not in KINDS or state[1] not in ("<", ">", "|", "="):
         raise CheckpointError(f"an array of the type {str(code)[:20]!r}; expected plain numbers")
     return state[1] + code
