@@ -182,6 +182,11 @@ def _(make):
     yield [make(1, 2, 3, 4)], make(8, 2, 3, 3), *_defaults(padding=1, shuffle=2, shuffle_order="tf")
     yield [make(1, 2, 3, 4)], make(2, 2, 3, 3), *_defaults(padding=1, upsample=2, act="prelu", prelu=make(1))
     yield [make(1, 2, 3, 2)], make(2, 3, 6, 6), *_defaults(bias=make(3), stride=2, padding=2, transposed=True)
+    yield (
+        [make(1, 3, 2, 3), make(1, 1, 2, 3)],
+        make(4, 2, 4, 4),
+        *_defaults(stride=2, padding=1, groups=2, transposed=True, pre_shift=make(4), skip=make(1, 4, 4, 6)),
+    )
     yield [make(1, 2, 8, 4)], make(3, 2, 8, 8), *_defaults(bias=make(3), stride=4, padding=2)
     yield [make(1, 1, 3, 4)], make(1, 2, 17, 17), *_defaults(bias=make(2), stride=3, padding=8, transposed=True)
     # what the networks run

@@ -59,5 +59,6 @@ def _(x, weight1, bias1, weight2, bias2, weight3, bias3, groups):
 @residual_e.samples
 def _(make):
     yield make(1, 4, 3, 4), make(4, 2, 3, 3), make(4), make(4, 2, 3, 3), make(4), make(4, 4, 1, 1), make(4), 2
+    yield make(2, 2, 1, 3), make(2, 2, 3, 3), None, make(2, 2, 3, 3), None, make(2, 2, 1, 1), None, 1
     yield (make(2, 64, 12, 13), make(64, 16, 3, 3), make(64), make(64, 16, 3, 3), make(64),
            make(64, 64, 1, 1), make(64), 4)  # fmt: skip
