@@ -441,8 +441,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Any]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         with os.fdopen(descriptor, "wb") as file:
             lock(file.fileno())  # says that somebody is still at it; the kernel takes it from the dead
             yield file
