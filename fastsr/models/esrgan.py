@@ -16,7 +16,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsr.models.network import Network, State, indices
+from fastsr.models.network import Network, State, indices, pad_to_multiple
 from fastsr.nn import ConvAct
 from fastsr.ops import dense_block
 
@@ -152,17 +152,6 @@ class ESRGAN(Network):
     def multiple(self) -> int:
         """The factor of the pixel-unshuffle."""
         return self.config.unshuffle
-
-
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Pads (N, C, H, W) below and to the right to multiples, mirroring the image, or repeating its last row or column
-    where it has too few to mirror."""
-    down, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
-    if down:
-        x = F.pad(x, (0, 0, 0, down), "reflect" if down < x.shape[-2] else "replicate")
-    if right:
-        x = F.pad(x, (0, right, 0, 0), "reflect" if right < x.shape[-1] else "replicate")
-    return x
 
 
 _FROM_BASICSR = {

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 State = Mapping[str, Tensor]
@@ -153,6 +154,17 @@ def indices(state: State, prefix: str) -> list[int]:
     """The numbers n for which a key starts with `<prefix>.<n>.`, sorted; for counting blocks."""
     found = {key[len(prefix) + 1 :].split(".", 1)[0] for key in state if key.startswith(prefix + ".")}
     return sorted(int(n) for n in found if n.isdigit())
+
+
+def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
+    """Pads (N, C, H, W) below and to the right to multiples, mirroring the image, or repeating its last row or column
+    where it has too few to mirror."""
+    down, right = -x.shape[-2] % multiple, -x.shape[-1] % multiple
+    if down:
+        x = F.pad(x, (0, 0, 0, down), "reflect" if down < x.shape[-2] else "replicate")
+    if right:
+        x = F.pad(x, (0, right, 0, 0), "reflect" if right < x.shape[-1] else "replicate")
+    return x
 
 
 def upsampler_scale(state: State, prefix: str, features: int) -> int:

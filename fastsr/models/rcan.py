@@ -16,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastsr.models.esrgan import pad_to_multiple
-from fastsr.models.network import RGB_MEAN, Network, State, colour_shift, indices, upsampler_scale
+from fastsr.models.network import RGB_MEAN, Network, State, colour_shift, indices, pad_to_multiple, upsampler_scale
 from fastsr.nn import ConvAct, MeanShift, chain, numbered, upsampler
 from fastsr.ops import rcab
 
