@@ -29,7 +29,7 @@ def ssim(a: Tensor | np.ndarray, b: Tensor | np.ndarray, *, shave: int = 0) -> f
     """Structural similarity, at most 1: Z. Wang et al., IEEE Trans. Image Processing, 2004, in float64.
 
     a, b, shave and errors are those of `psnr`. Windows are 11 x 11 Gaussians of sigma 1.5 that lie whole inside what
-    `shave` leaves, K1 = 0.01 and K2 = 0.03; colour is the mean over its channels. Raises ValueError where no window fits.
+    `shave` leaves, K1 = 0.01 and K2 = 0.03; colour is the mean over its channels. Raises ValueError where none fits.
     """
     x, y = _comparable("ssim", a, b, shave)
     x, y = (v.reshape(-1, 1, *v.shape[-2:]) for v in (x, y))
