@@ -245,7 +245,7 @@ def _text(data: memoryview) -> str:
 
 
 def _latin(data: memoryview) -> str:
-    """A string of Python 2, which may be text or bytes; `_bytes` turns it back."""
+    """A string of Python 2, which may be text or bytes; `content_of` turns it back."""
     return bytes(data).decode("latin-1")
 
 
@@ -474,7 +474,7 @@ def array(value: Any, budget: Budget) -> Tensor | list[Any] | None:
         if not isinstance(content, list) or len(content) != math.prod(sizes):
             raise damaged(f"an array of objects of sizes {sizes} does not hold as many")
         return content
-    tensor = numbers(memoryview(_bytes(content)), code, sizes, bool(fortran), budget)
+    tensor = numbers(memoryview(content_of(content)), code, sizes, bool(fortran), budget)
     order = integers(axes[0]) if axes and axes[0] is not None else tuple(range(len(sizes)))
     if sorted(order) != list(range(len(sizes))):
         raise damaged(f"an array of sizes {sizes} has its axes in the order {order}")
@@ -506,8 +506,8 @@ def _kind(value: Any) -> str:
     return state[1] + code
 
 
-def _bytes(value: Any) -> bytes:
-    """The bytes of an array, which protocols write in three ways."""
+def content_of(value: Any) -> bytes:
+    """The bytes of an array or a storage, which protocols write in three ways."""
     if isinstance(value, Call) and value.function == ENCODE and value.arguments[1:] in (("latin1",), ("latin-1",)):
         value = value.arguments[0]
     if isinstance(value, str):

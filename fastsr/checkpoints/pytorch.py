@@ -54,6 +54,7 @@ STORAGES = {
 }
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in STORAGES.values()}
 REBUILD = {"_rebuild_tensor": 4, "_rebuild_tensor_v2": 4, "_rebuild_tensor_v3": 7}  # arguments that have to be there
+STORED = Name("torch.storage", "_load_from_bytes")  # what plain pickles have storages in: torch.save's form, as bytes
 WRAPPED = ("_rebuild_parameter", "_rebuild_parameter_with_state", "Parameter", "Variable")
 
 Resolve = Callable[[Reference], Tensor]
@@ -111,10 +112,10 @@ def _zip(data: memoryview) -> tuple[Any, Resolve]:
 
 def _legacy(data: memoryview) -> tuple[Any, Resolve]:
     """Pickles of a magic number, a version, facts of the writing machine, the object and the keys of the storages; then
-    each storage as a count and its numbers."""
+    each storage as a count and its numbers. Or one pickle of the object, by pickle.dump."""
     magic = pickles.load(data)
     if magic.value != MAGIC:
-        raise CheckpointError("a plain pickle; expected a file of torch.save. Save the module's state_dict() with it")
+        return magic.value, _nowhere  # by pickle.dump
     version = pickles.load(data, magic.end)
     facts = pickles.load(data, version.end)
     if version.value != 1001 or (entries(facts.value) or {}).get("little_endian") is not True:
@@ -147,6 +148,10 @@ def _legacy(data: memoryview) -> tuple[Any, Resolve]:
         return _part(storages[key], view[1], view[2])
 
     return loaded.value, resolve
+
+
+def _nowhere(reference: Reference) -> Tensor:
+    raise damaged("a plain pickle refers to storages, which are not there")
 
 
 def _is_tar(data: memoryview) -> bool:
@@ -299,13 +304,13 @@ def _part(storage: Tensor, first: Any, count: Any) -> Tensor:
 
 
 def _view(storage: Tensor, first: Any, sizes: Any, strides: Any, budget: Budget) -> Tensor:
-    """A tensor on a storage. What it claims has to lie inside, and cannot be more than is there."""
+    """A tensor on a storage. What it claims has to lie inside, and may be there several times, within the budget."""
     sizes, strides = pickles.sizes_of(sizes), pickles.integers(strides)
     if len(sizes) != len(strides) or not isinstance(first, int) or first < 0:
         raise damaged(f"a tensor of sizes {sizes} has the strides {strides} and begins at {str(first)[:20]}")
     count = math.prod(sizes)
     last = first + sum((size - 1) * stride for size, stride in zip(sizes, strides))
-    if count and (last >= len(storage) or count > len(storage)):
+    if count and last >= len(storage):
         raise damaged(f"a tensor of sizes {sizes} does not fit into its storage of {len(storage):,} numbers")
     budget.spend(count * storage.element_size())
     if not count:
@@ -323,6 +328,7 @@ class _Collector:
         self.resolve, self.budget, self.visits = resolve, Budget(SHARING * size), 0
         self.arrays = Budget(size)
         self.tensors = 0
+        self.stored: dict[int, Tensor] = {}
         self.made: dict[int, Any] = {}
         self.hints: dict[str, Any] = {}
 
@@ -354,6 +360,8 @@ class _Collector:
                 if value.function.name == "_rebuild_from_type_v2" and len(value.arguments) == 4:
                     function, _, arguments, _ = value.arguments
                     value = Call(function, arguments if isinstance(arguments, tuple) else ())
+                elif value.function == STORED:
+                    return self.storage(value.arguments[0])
                 elif value.function.module.startswith("torch.") and value.function.name in WRAPPED:
                     value = value.arguments[0]
                 else:
@@ -361,6 +369,17 @@ class _Collector:
             else:
                 return value
         return value
+
+    def storage(self, content: Any) -> Tensor:
+        """The storage in bytes that torch.save wrote."""
+        if id(content) not in self.stored:
+            written = pickles.content_of(content)
+            self.arrays.spend(len(written))
+            loaded, resolve = _legacy(memoryview(written))
+            if not isinstance(loaded, Reference):
+                raise damaged("a storage in a plain pickle is something else")
+            self.stored[id(content)] = resolve(loaded)
+        return self.stored[id(content)]
 
     def tensor(self, value: Any) -> Tensor | None:
         """The tensor that a value stands for, if it does."""
