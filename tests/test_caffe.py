@@ -45,6 +45,12 @@ def file(tmp_path):
 # The format.
 
 
+def test_nets_that_do_not_begin_with_a_name_are_known_by_their_content(file):
+    made = layer("conv", "Convolution", [blob(numbers(3, 2, 3, 3))])
+    for first in (b"", raw(3, b"data") + number(4, 1), number(5, 1)):
+        assert list(checkpoints.read(file(first + made, "weights"))) == ["conv.weight"]
+
+
 @pytest.mark.parametrize("old_shape", (False, True), ids=("shape", "old shape"))
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("old", (False, True), ids=("layer", "layer of 2014"))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
 import fastsr
 from conftest import Case, parity_case, parity_names, relative_error
-from fastsr.models import NETWORKS
+from fastsr.models import NETWORKS, WRAPPINGS
 
 # Full-size networks whose activations explode with synthetic weights: float32 itself is no better.
 LOOSE = ("rcan_x", "esrgan_x4", "esrgan_basicsr_x4", "rdn_edsr")
@@ -187,6 +188,18 @@ def test_loading_copies_and_leaves_the_random_state_alone():
     assert torch.equal(before, torch.get_rng_state())
     state["exit.bias"].fill_(7)
     assert not (model.exit.bias == 7).any()
+
+
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_wrappings_and_prefixes_of_training_code(tmp_path, wrapping):
+    """Under a name of a file, with what else training code saves; averaged, and as a part of a larger module."""
+    state = parity_case("carn_m_x2").state_dict()
+    torch.save({"epoch": 3, wrapping: state, "names": np.array(["x"])}, tmp_path / "a.pth")
+    assert torch.equal(fastsr.load(tmp_path / "a.pth").exit.bias, state["exit.bias"])
+    averaged = {"n_averaged": torch.tensor(3)} | {f"module.{key}": value for key, value in state.items()}
+    for prefix in ("", f"{wrapping}.", f"trainer.{wrapping}."):
+        prefixed = {f"{prefix}{key}": value for key, value in (state if prefix else averaged).items()}
+        assert torch.equal(fastsr.load({"state_dict": prefixed}).exit.bias, state["exit.bias"])
 
 
 def test_files_that_cannot_be_loaded_say_why(tmp_path):

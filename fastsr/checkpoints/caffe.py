@@ -40,12 +40,23 @@ class LayerFields:
 
 
 LAYERS = {100: LayerFields(1, 2, 7, 106), 2: LayerFields(4, 5, 6, 10)}
+FIRST = (
+    0x0A,
+    0x12,
+    0x1A,
+    0x20,
+    0x28,
+    0x32,
+    0x38,
+    0x42,
+    0xA2,
+)  # bytes: the keys of a NetParameter's fields, as far as 100
 TYPES_OF_2014 = {4: "Convolution", 14: "InnerProduct", 39: "Deconvolution"}
 
 
 def matches(data: memoryview) -> bool:
     """Whether a file is nothing but the fields of a NetParameter, a layer among them. It has no magic number."""
-    if not data or data[0] not in (0x0A, 0x12, 0xA2):  # the keys of a name, a layer of 2014, a layer
+    if not data or data[0] not in FIRST:
         return False
     try:
         kinds = {(number, wire) for number, wire, _ in fields(data)}  # all of them, to the end

@@ -57,8 +57,17 @@ NETWORKS: tuple[type[Network], ...] = (
 )
 """Every network, in the order in which `load` considers them."""
 
+WRAPPINGS = (
+    "params_ema", "params", "state_dict", "model", "model_state_dict", "ema", "g_ema", "generator", "netG", "net_g",
+    "net", "network", "weights",
+)  # fmt: skip
+"""The names under which training code puts a state dict into a file, those preferred first."""
+
 PREFIXES = ("module.", "_orig_mod.")
 """What nn.DataParallel and torch.compile put in front of every key."""
+
+MOST_PREFIXES = 2
+"""How many other names in front of every key are looked behind, where no network has the keys."""
 
 HINTS = tuple(sorted({field for network in NETWORKS for field in network.Config.__dataclass_fields__}))
 """What `load` accepts as a hint for any network: every field of every configuration."""
@@ -98,8 +107,9 @@ def load(
     """Loads trained weights into the network they belong to, recognised by its keys and shapes.
 
     source: a file of any format in `fastsr.checkpoints.FORMATS`; a state dict; or a module (somebody's implementation,
-        also wrapped by spandrel), whose state dict is read. Wrappings under `params_ema`, `params`, `state_dict` or
-        `model`, nn.DataParallel's prefix `module.` and torch.compile's `_orig_mod.` are taken off.
+        also wrapped by spandrel), whose state dict is read. Wrappings under the names in `WRAPPINGS`, nn.DataParallel's
+        prefix `module.`, torch.compile's `_orig_mod.` and, where the keys fit no network, any other prefix of all keys
+        (`generator.`, `net_g.`, ...) are taken off.
     device, dtype: of the result. Default: a module's own; else the CPU and float32.
     hints: fields of the networks' configurations (`rgb_range`, `img_range`, `res_scale`, `scale`, ...). Each is used by
         a network that has it and whose file cannot say it (`Network.hints`), and has no effect otherwise. Where no
@@ -119,13 +129,17 @@ def load(
         first = next(module.parameters(), None)
         device = first.device if device is None and first is not None else device
         dtype = first.dtype if dtype is None and first is not None else dtype
+    state = found.state
+    for _ in range(MOST_PREFIXES):
+        if not any(network.detect(state) for network in NETWORKS):
+            state = _without_prefix(state)
     for network in NETWORKS:
-        dialect = network.detect(found.state)
+        dialect = network.detect(state)
         if dialect is not None:
             said = found.hints if module is None else network.hints_of(module)
             if found.normal is not None:
                 _check_values(found, network)
-            model = _build(network, dialect, found.state, said | hints, found.name, dtype or torch.float32)
+            model = _build(network, dialect, state, said | hints, found.name, dtype or torch.float32)
             sayers = dict.fromkeys(said, found.sayer) | dict.fromkeys(hints, "hint")
             origin = Origin(found.name, found.format, dialect, _deciders(model, dialect, sayers))
             if found.normal is not None:
@@ -278,16 +292,25 @@ def _one_more(value: Any) -> Any:
 
 def unwrap(content: Mapping[str, Any], origin: str) -> State:
     """Takes off the wrappings that training code puts around a state dict; raises LoadError if none is inside."""
-    for wrapping in ("params_ema", "params", "state_dict", "model"):
+    for wrapping in WRAPPINGS:
         inner = content.get(wrapping)
         if isinstance(inner, Mapping):
             return unwrap(inner, origin)
     state = {k: v for k, v in content.items() if isinstance(v, Tensor)}
     if not state:
         raise LoadError(f"load: {origin}: expected a state dict; found {_some(list(content))} and no tensor among them")
+    if all(k == "n_averaged" or k.startswith("module.") for k in state):  # AveragedModel counts beside its module
+        state.pop("n_averaged", None)
     while prefix := next((p for p in PREFIXES if all(k.startswith(p) for k in state)), None):
         state = {k.removeprefix(prefix): v for k, v in state.items()}
     return state
+
+
+def _without_prefix(state: State) -> State:
+    """A state dict without what is before the first point of its keys, if that is the same for all."""
+    if len({key.partition(".")[0] for key in state}) > 1 or not all("." in key for key in state):
+        return state
+    return {key.partition(".")[2]: value for key, value in state.items()}
 
 
 class _NoInit(TorchFunctionMode):
