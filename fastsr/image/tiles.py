@@ -78,7 +78,8 @@ class Image(NamedTuple):
     @property
     def size(self) -> tuple[int, int]:
         """(height, width), which the first tensor has."""
-        return tuple(self.tensors[0].shape[2:])
+        height, width = self.tensors[0].shape[2:]
+        return height, width
 
     def cut(self, box: Box) -> list[Tensor]:
         """The part of each tensor."""
@@ -153,16 +154,17 @@ def parts(
         return halo(through, image, pad)
 
     batch = 1
+    size = None if isinstance(tile, str) else tile
     if tile == AUTO:
         small = math.prod(image.size) <= SMALL and memory is None
-        tile = FIXED if deterministic else None
+        size = FIXED if deterministic else None
         if not (deterministic or small):
-            tile, batch = choose(through.finish, image, None, width, memory)
-    elif tile is not None and not deterministic and tile < max(image.size):
-        tile, batch = choose(through.finish, image, tile, width, memory)
-    tile = tile if tile is not None and tile < max(image.size) else None
+            size, batch = choose(through.finish, image, None, width, memory)
+    elif size is not None and not deterministic and size < max(image.size):
+        size, batch = choose(through.finish, image, size, width, memory)
+    size = size if size is not None and size < max(image.size) else None
     wide: tuple[Pass, Image] | None = None
-    for core, part, result in run(through.finish, image, through.scale, tile, width, batch, not deterministic):
+    for core, part, result in run(through.finish, image, through.scale, size, width, batch, not deterministic):
         if half and not torch.isfinite(result).all():
             warnings.warn(
                 f"rows {core.top}..{core.bottom - 1}, columns {core.left}..{core.right - 1} are not finite in "
@@ -287,7 +289,7 @@ def _attempt(enlarge: Enlarge, image: Image, parts: list[Box]) -> Tensor | None:
     exception keeps what was allocated alive."""
     try:
         cut = [image.cut(part) for part in parts]
-        return enlarge([torch.cat(tensors) if len(tensors) > 1 else tensors[0] for tensors in zip(*cut, strict=True)])
+        return enlarge([torch.cat(list(t)) if len(cut) > 1 else t[0] for t in zip(*cut, strict=True)])
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
