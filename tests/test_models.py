@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 
 import numpy as np
 import pytest
@@ -205,6 +206,11 @@ def test_wrappings_and_prefixes_of_training_code(tmp_path, wrapping):
 def test_files_that_cannot_be_loaded_say_why(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.pth: expected a weight file; there is none"):
         fastsr.load(tmp_path / "nothing.pth")
+    (tmp_path / "folder.pth").mkdir()
+    os.mkfifo(tmp_path / "pipe.pth")
+    for name in ("folder.pth", "pipe.pth"):
+        with pytest.raises(ValueError, match=rf"{name}: expected a weight file; this is a folder, a pipe or a device"):
+            fastsr.load(tmp_path / name)
     (tmp_path / "a.onnx").write_bytes(b"x")
     with pytest.raises(ValueError, match=r"a\.onnx: expected a file ending in .*\.pth"):
         fastsr.load(tmp_path / "a.onnx")

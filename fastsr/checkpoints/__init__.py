@@ -21,10 +21,12 @@ FORMATS: tuple[ModuleType, ...] = (safetensors, tensorflow, pytorch, npz, torch7
 
 def reader_of(path: str | os.PathLike[str]) -> ModuleType:
     """The reader for a weight file, chosen by what it holds, whatever its name, and by the ending where that tells
-    nothing. Raises FileNotFoundError; CheckpointError for a file of no known format."""
+    nothing. Raises FileNotFoundError; CheckpointError for a file of no known format and for what is no file."""
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"load: {path}: expected a weight file; there is none")
+    if not path.is_file():  # a pipe or a device might never end
+        raise CheckpointError(f"load: {path}: expected a weight file; this is a folder, a pipe or a device")
     with opened(path) as data:
         by_content = next((f for f in FORMATS if f.matches(memoryview(data))), None)
     reader = by_content or next((f for f in FORMATS if path.suffix.lower() in f.ENDINGS), None)

@@ -40,17 +40,7 @@ class LayerFields:
 
 
 LAYERS = {100: LayerFields(1, 2, 7, 106), 2: LayerFields(4, 5, 6, 10)}
-FIRST = (
-    0x0A,
-    0x12,
-    0x1A,
-    0x20,
-    0x28,
-    0x32,
-    0x38,
-    0x42,
-    0xA2,
-)  # bytes: the keys of a NetParameter's fields, as far as 100
+FIRST = (0x0A, 0x12, 0x1A, 0x20, 0x28, 0x32, 0x38, 0x42, 0xA2)  # the keys of NetParameter's fields
 TYPES_OF_2014 = {4: "Convolution", 14: "InnerProduct", 39: "Deconvolution"}
 
 
