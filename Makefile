@@ -1,5 +1,5 @@
-# make upscale   .venv, install, enlarge the bundled photograph; fetches no file but Python packages. 600 iterations
-#                of learning are one to two minutes on two cores, and 2.5 dB better than bicubic on this photograph
+# make upscale   .venv, install, enlarge the bundled photograph x2 by the weights that come with fastsr; fetches no file
+#                but Python packages
 # make test      the same .venv, with what the tests need; ARGS="-k set5" is passed to pytest
 #
 # PYTHON   the Python to build .venv from (3.10 to 3.13)
@@ -13,7 +13,7 @@ ARGS ?=
 .PHONY: upscale test clean
 
 upscale: $(VENV)/installed
-	$(BIN)/fastsr upscale docs/images/astronaut.png -o out/ --scale 2 --iterations 600
+	$(BIN)/fastsr upscale docs/images/astronaut.png -o out/ --scale 2
 
 test: $(VENV)/tested
 	$(BIN)/python -m pytest $(ARGS)

@@ -31,6 +31,7 @@ from fastsr.image.upscale import (
 )
 from fastsr.info import DECIDERS, describe, info
 from fastsr.models import Network, load
+from fastsr.models.embedded import DEFAULT, DEFAULT_SCALE, EMBEDDED, is_embedded, weights_of
 
 
 class Refused(Exception):
@@ -100,12 +101,13 @@ def _add_upscale(commands: Any) -> None:
         help="for a single IN a file, whose extension sets the format; else a folder, made if missing",
     )  # fmt: skip
     parser.add_argument(
-        "--model", "-n", "--model_name", default=ZSSR, metavar="NAME|FILE",
-        help="a file of weights, or zssr (default), which learns from the image itself",
+        "--model", "-n", "--model_name", default=DEFAULT, metavar="NAME|FILE",
+        help="a file of weights; or carn_m (default), which comes with fastsr; or zssr, which learns from the image",
     )  # fmt: skip
     parser.add_argument(
         "--scale", "-s", "--outscale", type=_number, metavar="N",
-        help="the factor; needed where a file has several. Between those that it has, the next larger is shrunk",
+        help="the factor; needed where a file has several, 2 by default without a file. Between those that it has, "
+        "the next larger is shrunk",
     )  # fmt: skip
     parser.add_argument(
         "--segmentation", metavar="FILE", help="for SFTGAN: the weights of the outdoor scene segmentation network"
@@ -237,9 +239,10 @@ def _figures(figures: dict[str, Any]) -> str:
 
 def _load(file: str | Path, device: str, hints: Sequence[tuple[str, Any]] = ()) -> Network:
     try:
-        return load(file, device=device, **dict(hints))
+        return load(weights_of(str(file)), device=device, **dict(hints))
     except (ValueError, TypeError, OSError) as error:
-        known = "" if Path(file).exists() else " (fastsr upscale knows zssr without a file)"
+        names = f" (without a file, {', '.join(EMBEDDED)} is known, and to fastsr upscale zssr)"
+        known = "" if Path(file).exists() else names
         raise Refused(f"{error}{known}") from error
 
 
@@ -267,7 +270,8 @@ def _network(args: argparse.Namespace) -> Work:
     segmentation = as_segmentation(network, given)
     if args.iterations is not None:
         raise TypeError("--iterations are for zssr; this network has learnt")
-    factor, scale = next_scale(type(network).__name__, network.scales, args.scale)
+    scale = DEFAULT_SCALE if args.scale is None and is_embedded(args.model) else args.scale
+    factor, scale = next_scale(type(network).__name__, network.scales, scale)
     how = {"tile": args.tile or None, "tile_pad": args.tile_pad, "deterministic": args.deterministic}
     tiles.check(how["tile"], how["tile_pad"])
 

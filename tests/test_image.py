@@ -289,15 +289,15 @@ def test_too_large_a_result_is_refused_before_work(monkeypatch, gray):
     assert network.given is None
 
 
-def test_zssr_is_the_default(colour, gray):
+def test_zssr_learns_from_the_image(colour, gray):
     config = ZSSRConfig(max_iters=2, width=4, depth=3, crop_size=8)
     states = []
-    result = fastsr.upscale(colour, config=config, progress=states.append)
+    result = fastsr.upscale(colour, "zssr", config=config, progress=states.append)
     assert result.shape == (10, 14, 3) and result.dtype == np.uint8 and len(states) == 2
     assert fastsr.upscale(gray, "zssr", scale=3, config=config).shape == (15, 21)
-    assert fastsr.upscale(torch.rand(2, 3, 6, 6), config=config).shape == (2, 3, 12, 12)
+    assert fastsr.upscale(torch.rand(2, 3, 6, 6), "zssr", config=config).shape == (2, 3, 12, 12)
     with pytest.raises(ValueError, match="ZSSR has the scales 2, 3, 4, got 5"):
-        fastsr.upscale(colour, scale=5)
+        fastsr.upscale(colour, "zssr", scale=5)
     with pytest.raises(TypeError, match="zssr"):
         fastsr.upscale(colour, Nearest(), scale=2, config=config)
 
@@ -527,7 +527,8 @@ def test_cli_refusals_change_nothing(tmp_path, monkeypatch, weights, gray, capsy
 
 def test_cli_zssr_shows_its_progress(tmp_path, gray, capsys):
     source = _write(tmp_path, "in.png", gray)
-    assert cli.main(["upscale", source, "-o", str(tmp_path / "out.png"), "--iterations", "2"]) == 0
+    options = ["--model", "zssr", "--iterations", "2"]
+    assert cli.main(["upscale", source, "-o", str(tmp_path / "out.png"), *options]) == 0
     captured = capsys.readouterr()
     first, last, done, _ = map(json.loads, captured.out.splitlines())
     assert first["event"] == last["event"] == "progress" and (first["share"], last["share"]) == (0.5, 1.0)

@@ -35,6 +35,7 @@ from fastsr.image import io, tiles
 from fastsr.image.passes import Pass
 from fastsr.image.resize import imresize, scaled_shape
 from fastsr.models import Network, load
+from fastsr.models.embedded import DEFAULT, DEFAULT_SCALE, is_embedded, weights_of
 from fastsr.models.sftgan import OutdoorSceneSeg, SFTNet
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ ZSSR_SCALES = (2, 3, 4)
 
 def upscale(
     image: ImageLike,
-    model: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str] = ZSSR,
+    model: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str] = DEFAULT,
     *,
     scale: float | None = None,
     segmentation: Network | nn.Module | Mapping[str, Any] | str | os.PathLike[str] | None = None,
@@ -70,10 +71,12 @@ def upscale(
         `info`'s colour profile, EXIF data and dpi; or a floating-point tensor (N, C, H, W), C 1 or 3, with values 0..1,
         whose result keeps its dtype and device and is clamped to 0..1.
     model: what `fastsr.load` returns or accepts, which computes on the device and in the dtype of its parameters; or
-        "zssr", the network that learns from this one image (`fastsr.train.zssr`), which computes in float32 on the
-        device of a tensor, and for other kinds on a CUDA device if there is one.
+        "carn_m" (default), whose weights come with fastsr; or "zssr", the network that learns from this one image
+        (`fastsr.train.zssr`). These two compute in float32 on the device of a tensor, and for other kinds on a CUDA
+        device if there is one.
     scale: one of `model.scales`, or any number from 1 to the largest of them: the result then has the size that
-        `imresize` gives. May be left out when the model has only one. ZSSR has 2, 3 and 4 and defaults to 2.
+        `imresize` gives. May be left out when the model has only one. "carn_m" and
+        "zssr" have 2, 3 and 4 and default to 2.
     segmentation: for SFTGAN, and needed by it: the outdoor scene segmentation network, as `fastsr.load` returns or
         accepts it, which says what is where in the image.
     config, progress: settings of ZSSR, and what it calls after every iteration (`fastsr.train.zssr.zssr`).
@@ -114,6 +117,8 @@ def upscale(
     else:
         if config is not None or progress is not None:
             raise TypeError('upscale: config and progress are for model="zssr"; other networks make one pass')
+        if is_embedded(model):
+            device, scale = device or default_device(image), DEFAULT_SCALE if scale is None else scale
         network = as_network(model, device, dtype)
         factor, scale = next_scale(type(network).__name__, network.scales, scale)
         steps = Pass(network, factor, as_segmentation(network, segmentation))
@@ -181,9 +186,9 @@ def as_network(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Network:
-    """The model itself, or what `fastsr.load` makes of it, or a copy if it is on another device or of another dtype.
-    Raises TypeError when that does not enlarge images."""
-    loaded = model if isinstance(model, Network) else load(model, device=device, dtype=dtype)
+    """The model itself, or what `fastsr.load` makes of it (a name of embedded weights among others), or a copy if it
+    is on another device or of another dtype. Raises TypeError when that does not enlarge images."""
+    loaded = model if isinstance(model, Network) else load(weights_of(model), device=device, dtype=dtype)
     if not isinstance(loaded, Network) or not loaded.scales:
         raise TypeError(f"model: expected a network that enlarges images, got {type(loaded).__name__}")
     there = torch.empty(0, device=device or loaded.device).device  # "cuda" is "cuda:0", or whichever is current
