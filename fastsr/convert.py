@@ -33,6 +33,8 @@ def convert(source: str | os.PathLike[str], path: str | os.PathLike[str], **hint
     source, path = Path(source), Path(path)
     if path.suffix.lower() != ENDING:
         raise ValueError(f"convert: {path}: expected a path that ends in {ENDING}, got {path.suffix or 'no ending'!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"convert: {path}: expected a path in a folder that is there; make {path.parent} first")
     if path.exists() and source.exists() and path.samefile(source):
         raise ValueError(f"convert: {path}: this would replace the source; choose another path")
     network = load(source, **hints)

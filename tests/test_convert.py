@@ -185,6 +185,11 @@ def test_other_endings_are_refused(idn, tmp_path, name):
     assert not (tmp_path / name).exists()
 
 
+def test_a_folder_that_is_missing_is_named(idn, tmp_path):
+    with pytest.raises(ValueError, match=r"missing/out\.safetensors: .*; make .*missing first"):
+        fastsr.convert(idn, tmp_path / "missing" / "out.safetensors")
+
+
 def test_the_source_is_never_replaced(normal, tmp_path):
     before = normal.read_bytes()
     (tmp_path / "link.safetensors").symlink_to(normal)
