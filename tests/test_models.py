@@ -90,6 +90,9 @@ def test_state_dict_is_the_authors(name):
 def test_unknown_keys_name_the_networks_considered():
     with pytest.raises(fastsr.LoadError, match=r"(?s)none of the networks.*odd\.weight.*carn.*entry\.weight"):
         fastsr.load({"odd.weight": torch.zeros(3)})
+    with pytest.raises(fastsr.LoadError) as caught:
+        fastsr.load({f"{'x' * 100_000}.{n}": torch.zeros(3) for n in range(9)})
+    assert "x" * 200 + "..., x" in str(caught.value) and len(str(caught.value)) < 10_000
 
 
 def test_a_missing_key_is_named():

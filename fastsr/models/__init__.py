@@ -69,6 +69,9 @@ PREFIXES = ("module.", "_orig_mod.")
 MOST_PREFIXES = 2
 """How many other names in front of every key are looked behind, where no network has the keys."""
 
+LONGEST_SHOWN = 200
+"""Characters of a key in a message."""
+
 HINTS = tuple(sorted({field for network in NETWORKS for field in network.Config.__dataclass_fields__}))
 """What `load` accepts as a hint for any network: every field of every configuration."""
 
@@ -360,7 +363,8 @@ def _build(
 
 def _some(names: list[str], most: int = 6) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more if names else "nothing"
+    shown = [name if len(name) <= LONGEST_SHOWN else f"{name[:LONGEST_SHOWN]}..." for name in names[:most]]
+    return ", ".join(shown) + more if names else "nothing"
 
 
 def _nothing_fits(state: State, origin: str) -> str:
