@@ -23,7 +23,7 @@ from fastsr.checkpoints.content import Content
 from fastsr.checkpoints.errors import CheckpointError, damaged, opened
 from fastsr.checkpoints.pickles import Budget, Call, Name, Reference, entries
 
-DESCRIPTION = "PyTorch's files: state dicts, checkpoints, whole modules; zip, the form before 1.6, tar"
+DESCRIPTION = "PyTorch's files: state dicts, checkpoints, whole modules; zip, the form before 1.6, tar, plain pickles"
 ENDINGS = (".pth", ".pt", ".bin", ".pkl", ".tar")
 NETWORKS = (
     "carn", "dbpn", "ddbpn", "esrgan", "memnet", "msrn", "msrn_old", "outdoor_scene_seg", "rcan", "rcan_basicsr", "rdn",
