@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -42,9 +43,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line (sys.argv by default); returns the exit status: 0 done, 1 failed, 2 wrong usage."""
     args = _parser().parse_args(arguments)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
     except Refused as error:
         print(f"fastsr: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # who read our output has gone, as in `| head`; the interpreter's last flush must not fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
@@ -206,6 +212,8 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
+    if not args.folder.is_dir():
+        raise Refused(f"{args.folder}: expected a folder of images; there is none")
     device = str(default_device(None))
     network = _load(args.model, device)
     segmentation = None if args.segmentation is None else _load(args.segmentation, device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -256,3 +257,16 @@ def test_cli_info_of_what_fits_nothing(tmp_path, capsys):
     assert cli.main(["info", "--json"]) == 1
     with pytest.raises(SystemExit):
         cli.main(["info", str(tmp_path / "odd.pth"), "--hint", "scale"])
+
+
+def test_a_missing_folder_is_said_before_anything_is_printed(tmp_path, capsys):
+    assert cli.main(["evaluate", "carn_m", str(tmp_path / "nowhere"), "--scale", "2"]) == 1
+    out, error = capsys.readouterr()
+    assert out == "" and "nowhere: expected a folder of images; there is none" in error
+
+
+def test_a_reader_that_goes_away_is_no_traceback():
+    command = [sys.executable, "-c", "import sys; from fastsr import cli; sys.exit(cli.main(['info']))"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert b"Traceback" not in process.stderr.read() and process.wait() == 1
