@@ -6,6 +6,7 @@ import torch
 
 from fastsr.models.carn import CARN
 from fastsr.models.network import Network
+from fastsr.nn import ConvAct
 
 NOISE = 0.1  # how much of its random weights a layer keeps beside the identity
 
@@ -39,6 +40,7 @@ def interpolating(network: Network) -> None:
         network.entry.weight[3 + colour, colour, 1, 1] = network.exit.weight[colour, 3 + colour, 1, 1] = -1
     for upsampler in network.upsample.children():
         for layer in upsampler.body.values():
+            assert isinstance(layer, ConvAct)
             r = layer.shuffle
             offset = [(2 * i + 1 - r) / (2 * r) for i in range(r)]  # of an output pixel from its input pixel
             taps = torch.tensor([[t * (t - 1) / 2, 1 - t * t, t * (t + 1) / 2] for t in offset])

@@ -48,7 +48,8 @@ class PlainOperators(TorchFunctionMode):
     the way, where an operator's own gradient computes it again (about a third longer a step)."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _EAGER.get(func, func)(*args, **(kwargs or {}))
+        function: Any = _EAGER.get(func, func)
+        return function(*args, **(kwargs or {}))
 
 
 _EAGER: dict[Any, Callable[..., Any]] = {op.default: op.eager for op in OPS.values()}
