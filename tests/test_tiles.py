@@ -566,7 +566,8 @@ def test_a_streamed_tiff_holds_what_upscale_makes(tmp_path, depth, channels):
         if (depth, channels) != (np.uint16, 3):
             np.testing.assert_array_equal(np.array(file), expected)
         else:  # Pillow reads 8 bits of 16
-            np.testing.assert_array_equal(pytest.importorskip("imagecodecs").tiff_decode(file.filename), expected)
+            whole = (tmp_path / "a.tif").read_bytes()
+            np.testing.assert_array_equal(pytest.importorskip("imagecodecs").tiff_decode(whole), expected)
     assert os.listdir(tmp_path) == ["a.tif"]
 
 
@@ -609,5 +610,6 @@ def test_streaming_keeps_to_its_budget(tmp_path):
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed goes back to the system
     command = [sys.executable, "-c", STREAMING, str(tmp_path / "a.tif"), str(budget)]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
-    assert int(done.stdout) < 2 * pixels + 2 * budget < 16 * pixels / 2  # half the result's
+    # the picture and its copy, the budget twice, and as much again for what allocators keep: less than the result
+    assert int(done.stdout) < 2 * pixels + 3 * budget < 16 * pixels * 3 / 4
     assert (tmp_path / "a.tif").stat().st_size > 16 * pixels

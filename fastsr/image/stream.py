@@ -45,7 +45,7 @@ def upscale_to_tiff(
     compressed. The file is at `path` when it is complete, and not before (`io.atomic_file`).
 
     picture: gray or RGB without alpha. scale: one of `model.scales`. The others are those of `fastsr.upscale`.
-    memory: the bytes that the parts may take, and by default what is free. The call needs that, and up to as much again
+    memory: the bytes that the parts may take, and by default what is free. The call needs that, and about as much again
         for what the system's allocator keeps, beside twice the picture's pixels and the network; for RCAN also its
         features of the whole picture, for SFTGAN the segmentation's.
     Raises what `fastsr.upscale` does, and OSError when the file cannot be written.
