@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from safetensors.torch import save
 
 import fastsr
 from fastsr.checkpoints.normal import Normal, plain
-from fastsr.image.io import write_atomically
+from fastsr.image.io import file_digest, write_atomically
 from fastsr.models import Network, load
 
 ENDING = ".safetensors"
@@ -42,17 +41,9 @@ def convert(source: str | os.PathLike[str], path: str | os.PathLike[str], **hint
         network=network.name,
         variant=network.origin.variant,
         config=plain(dataclasses.asdict(network.config)),
-        source_sha256=network.origin.sha256 or _sha256(source),
+        source_sha256=network.origin.sha256 or file_digest(source),
         fastsr_version=fastsr.__version__,
     )
     tensors = {key: value.contiguous() for key, value in network.state_dict().items()}
     write_atomically(path, save(tensors, said.metadata()))
     return network
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()

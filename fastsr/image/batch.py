@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsr.image import io
-from fastsr.image.journal import Entry, Journal, file_digest, options_digest
+from fastsr.image.journal import Entry, Journal, options_digest
 from fastsr.image.resize import scaled_shape
 from fastsr.image.upscale import check_size
 from fastsr.op import explain
@@ -211,7 +211,7 @@ def _refusal(job: Job, work: Work) -> Exception | None:
 def _entry(job: Job, work: Work, folder: Path | None) -> Entry:
     """The line for the journal, but for what only the result tells."""
     output = job.target.name if folder is None else job.target.relative_to(folder).as_posix()
-    return Entry(output, file_digest(job.source), work.model, options_digest(work.options), 0, "")
+    return Entry(output, io.file_digest(job.source), work.model, options_digest(work.options), 0, "")
 
 
 def _one(
@@ -226,12 +226,12 @@ def _one(
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         picture = io.read(job.source)
-        if file_digest(job.source) != entry.input:
+        if io.file_digest(job.source) != entry.input:
             raise OSError(f"{job.source}: changed while it was being read; run again")
         if _streams(job, picture, work):
             job.target.parent.mkdir(parents=True, exist_ok=True)
             calls = explain(work.stream, job.target, picture)
-            entry = replace(entry, size=job.target.stat().st_size, sha256=file_digest(job.target))
+            entry = replace(entry, size=job.target.stat().st_size, sha256=io.file_digest(job.target))
         else:
             calls = explain(lambda: made.append(_encoded(job, picture, work, progress)))
     notes = [str(w.message) for w in warned if issubclass(w.category, (UserWarning, RuntimeWarning))]

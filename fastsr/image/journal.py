@@ -56,7 +56,7 @@ class Journal:
         """Whether the output lies there as the entry says, every byte of it."""
         path = self.folder / entry.output
         try:
-            return path.stat().st_size == entry.size and file_digest(path) == entry.sha256
+            return path.stat().st_size == entry.size and io.file_digest(path) == entry.sha256
         except OSError:
             return False
 
@@ -87,15 +87,6 @@ def _parsed(line: bytes) -> Entry | None:
         return Entry(**said)
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
-
-
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file. Raises OSError."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def network_digest(network: Network) -> str:
