@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now: imported later, by the first optimizer, its default arguments keep the group alive
 
 from fastsr.train.config import read_config
 from fastsr.train.trainer import Trainer
@@ -45,6 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         if several and dist.is_initialized():
             dist.destroy_process_group()
+            gc.collect()  # the last reference ends the group's threads; one that outlives the interpreter aborts it
     return 0
 
 

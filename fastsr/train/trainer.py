@@ -55,18 +55,6 @@ class PlainOperators(TorchFunctionMode):
 _EAGER: dict[Any, Callable[..., Any]] = {op.default: op.eager for op in OPS.values()}
 
 
-class _Enlarge(nn.Module):
-    """`super_resolve` as a forward, which is what DistributedDataParallel wraps."""
-
-    def __init__(self, network: Network) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor, scale: int, inputs: dict[str, Tensor]) -> Tensor:
-        with PlainOperators():
-            return self.network.super_resolve(x, scale, **inputs)
-
-
 class Average:
     """The exponential average of a network's parameters; its buffers are copied.
 
@@ -123,9 +111,6 @@ class Trainer:
         self.average = None if config.ema is None else Average(self.network, config.ema)
         if self.checkpoint.exists():
             self._restore()
-        self.parallel: nn.Module = _Enlarge(self.network)
-        if self.world > 1:  # a multi-scale network's other heads take no part in a step
-            self.parallel = nn.parallel.DistributedDataParallel(self.parallel, find_unused_parameters=True)
         self.patches, self.validation = self._data()
 
     def run(self, report: Callable[[str], None] | None = None) -> None:
@@ -166,7 +151,8 @@ class Trainer:
             if self.segmentation is not None:
                 with torch.no_grad():
                     inputs["condition"] = condition(self.segmentation, low)
-            made = self.parallel(low * (white - black) + black, scale, inputs)
+            with PlainOperators():
+                made = self.network.super_resolve(low * (white - black) + black, scale, **inputs)
         result = (made.float() - black) / (white - black)
         self.losses.prepare(result.detach(), target, self.step)
         loss = self.losses(result, target)
@@ -174,6 +160,8 @@ class Trainer:
             group["lr"] = learning_rate
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()
+        if self.world > 1:
+            self._average_gradients()
         if self.config.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip)
@@ -190,6 +178,19 @@ class Trainer:
                 f"step {self.step}: the loss is {value.item()}; resume with a smaller learning_rate or a clip"
             )
         return value.item()
+
+    def _average_gradients(self) -> None:
+        """Every process gets the mean of all gradients, in one message.
+
+        All processes train the same scale in a step, so the same parameters have gradients; what a multi-scale
+        network's other heads have not is not sent.
+        """
+        gradients = [p.grad for p in self.network.parameters() if p.grad is not None]
+        message = torch.cat([g.reshape(-1) for g in gradients])
+        dist.all_reduce(message)
+        message /= self.world
+        for gradient, mean in zip(gradients, message.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view(gradient.shape))
 
     @torch.no_grad()
     def validate(self) -> dict[int, float]:
