@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastsr.ops.conv_act import conv_act
+from fastsr.op import OPS
 
 
 @dataclass(frozen=True)
@@ -77,12 +77,13 @@ class Gate:
     """Channel attention computed before the convolution it scales (operators.md, rewrite 1), a tiny kernel.
 
     From the nine sums S of h: mean(W * h + b) = b + sum(W[o, i, ky, kx] S[i, ky, kx]) / pixels, then
-    sigmoid(up_weight relu(down_weight mean + down_bias) + up_bias), stored as an (N, C) buffer.
+    sigmoid(up_weight relu(down_weight mean + down_bias) + up_bias), stored as an (N, C) buffer. Without a weight,
+    `sums` is an (N, C) buffer of the means themselves.
     """
 
     sums: str
     pixels: int
-    weight: Tensor
+    weight: Tensor | None
     bias: Tensor | None
     down_weight: Tensor
     down_bias: Tensor
@@ -91,7 +92,24 @@ class Gate:
     store: str
 
 
-Step = Conv | Gate
+@dataclass(frozen=True)
+class Mean:
+    """The mean of every channel over the image, stored as an (N, C) buffer."""
+
+    source: View
+    store: str
+
+
+@dataclass(frozen=True)
+class Scale:
+    """source * scale[n, c], for an (N, C) buffer; where no convolution stands before that could do it."""
+
+    source: View
+    scale: str
+    store: View
+
+
+Step = Conv | Gate | Mean | Scale
 
 
 @dataclass(frozen=True)
@@ -114,7 +132,9 @@ def border_sums(h: Tensor) -> Tensor:
 
 def eager_gate(step: Gate, buffers: dict[str, Tensor]) -> None:
     """Runs a Gate with torch operators, filling its buffer."""
-    mean = torch.einsum("oiyx,niyx->no", step.weight, buffers[step.sums]) / step.pixels
+    mean = buffers[step.sums]
+    if step.weight is not None:
+        mean = torch.einsum("oiyx,niyx->no", step.weight, mean) / step.pixels
     if step.bias is not None:
         mean = mean + step.bias
     hidden = torch.relu(mean @ step.down_weight.flatten(1).T + step.down_bias)
@@ -129,7 +149,7 @@ def _skip(skip: View | tuple[View, ...] | None, buffers: dict[str, Tensor]) -> T
 
 def eager_conv(step: Conv, buffers: dict[str, Tensor]) -> None:
     """Runs a Conv with the eager definition of `conv_act`, filling its slice: what every device's `conv` answers to."""
-    y = conv_act.eager(
+    y = OPS["conv_act"].eager(
         [v.of(buffers) for v in step.sources], step.weight, step.bias, step.stride, step.padding, step.groups,
         step.transposed, step.pre_scale, step.pre_shift, step.pre_relu, step.upsample, step.act, step.slope,
         step.prelu, step.gain, None if step.scale is None else buffers[step.scale],
@@ -158,5 +178,12 @@ def run(
     for name, shape in recipe.workspace.items():
         buffers[name] = torch.full(shape, torch.nan, dtype=like.dtype, device=like.device)
     for step in recipe.steps:
-        conv(step, buffers) if isinstance(step, Conv) else gate(step, buffers)
+        if isinstance(step, Conv):
+            conv(step, buffers)
+        elif isinstance(step, Gate):
+            gate(step, buffers)
+        elif isinstance(step, Mean):
+            buffers[step.store].copy_(step.source.of(buffers).mean((2, 3)))
+        else:
+            step.store.of(buffers).copy_(step.source.of(buffers) * buffers[step.scale][:, :, None, None])
     return buffers[recipe.output]

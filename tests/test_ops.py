@@ -51,8 +51,7 @@ def test_every_operator_is_complete():
         assert op.eager.__doc__, name
         assert op.samples_of is not None and op._alloc is not None, name
         assert any(n == name for n, _ in SMALL_CASES), f"{name} has no sample small enough for gradcheck"
-        blocks = name not in ("channel_attention", "conv_act", "resize_bicubic")  # these are no lists of convolutions
-        assert (op.recipe_of is not None) == blocks, name
+        assert (op.recipe_of is not None) == (name != "resize_bicubic"), name  # which is no list of convolutions
 
 
 @pytest.mark.parametrize("dtype", FLOORS, ids=str)

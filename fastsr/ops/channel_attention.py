@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsr.op import empty_image, expect, expect_alike, op
+from fastsr.recipes import Gate, Mean, Recipe, Scale, View
 
 
 @op
@@ -49,6 +50,17 @@ def expect_gate(
 @channel_attention.alloc
 def _(x, down_weight, down_bias, up_weight, up_bias):
     return empty_image(x, x.shape)
+
+
+@channel_attention.recipe
+def _(x, down_weight, down_bias, up_weight, up_bias):
+    n, c, h, w = x.shape
+    steps = (
+        Mean(View("x"), "mean"),
+        Gate("mean", h * w, None, None, down_weight, down_bias, up_weight, up_bias, "gate"),
+        Scale(View("x"), "gate", View("out")),
+    )
+    return Recipe({"x": x}, {"mean": (n, c), "gate": (n, c), "out": tuple(x.shape)}, steps)
 
 
 @channel_attention.samples

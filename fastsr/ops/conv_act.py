@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastsr.op import empty_image, expect, expect_alike, is_channels_last, op
+from fastsr.recipes import Conv, Recipe, View
 
 ACTIVATIONS = ("none", "relu", "leaky", "prelu")
 
@@ -159,6 +160,22 @@ def _(
     n, c, h, w = conv_shape(inputs, weight, stride, padding, groups, transposed, upsample)
     shape = (n, c // (shuffle * shuffle), h * shuffle, w * shuffle)
     return empty_image(inputs[0], shape, channels_last=is_channels_last(inputs[0]) or is_channels_last(weight))
+
+
+@conv_act.recipe
+def _(
+    inputs, weight, bias, stride, padding, groups, transposed, pre_scale, pre_shift, pre_relu, upsample, act, slope,
+    prelu, gain, scale, skip, skip_gain, post_relu, shuffle, shuffle_order,
+):  # fmt: skip
+    n, c, h, w = conv_shape(inputs, weight, stride, padding, groups, transposed, upsample)
+    images = {f"x{i}": x for i, x in enumerate(inputs)}
+    step = Conv(
+        tuple(View(name) for name in images), weight, bias, View("out"), stride, padding, groups, transposed,
+        pre_scale, pre_shift, pre_relu, upsample, act, slope, prelu, gain, None if scale is None else "scale",
+        None if skip is None else View("skip"), skip_gain, post_relu, shuffle, shuffle_order,
+    )  # fmt: skip
+    given = {name: t for name, t in (("scale", scale), ("skip", skip)) if t is not None}
+    return Recipe(images | given, {"out": (n, c // (shuffle * shuffle), h * shuffle, w * shuffle)}, (step,))
 
 
 def _defaults(**changed: object) -> tuple[object, ...]:
