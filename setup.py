@@ -7,16 +7,20 @@ environment, the package installs as Python only, says so, and every operator ru
 FASTSR_BUILD=0   install Python only
 CXX=...          the compiler (default: the first of g++, clang++, c++ on PATH)
 TORCH_DIR=...    the folder of the torch package to take headers from
+
+A file is compiled for the instruction set that the end of its name says (LEVELS); every other file must run anywhere.
 """
 
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import shutil
 import site
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -26,6 +30,13 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent.resolve()
 TORCH_TARGET = "0x020b000000000000"  # torch 2.11: nothing newer of the stable ABI is used
 FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [f"-mavx512{part}" for part in ("f", "dq", "cd", "bw", "vl")]
+AVX512 += [*AVX2, "-mbmi", "-mbmi2", "-mprefer-vector-width=512"]
+# Kernels may contract and reorder traps, but NaN and infinity keep their meaning: no -ffast-math.
+# GCC 12 warns of intrinsics that leave a register undefined on purpose.
+KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-maybe-uninitialized"]
+LEVELS = {"_avx2": AVX2 + KERNEL, "_avx512": AVX512 + KERNEL, "_avx512_bf16": [*AVX512, "-mavx512bf16", *KERNEL]}
 
 
 def find_torch() -> Path | None:
@@ -46,6 +57,11 @@ def find_torch() -> Path | None:
 def find_compiler() -> list[str] | None:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     return next((shlex.split(name) for name in names if shutil.which(shlex.split(name)[0])), None)
+
+
+def level_flags(source: str) -> list[str] | None:
+    """The flags of the instruction set in a file's name; None for a file without one."""
+    return next((flags for suffix, flags in LEVELS.items() if Path(source).stem.endswith(suffix)), None)
 
 
 def python_only_because() -> str | None:
@@ -73,12 +89,23 @@ class BuildLibrary(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return fullname.replace(".", os.sep) + ".so"  # no Python ABI inside, hence no Python tag
 
+    def copy_extensions_to_source(self) -> None:
+        # Renaming leaves the library that a running program has mapped as it is; writing over it would not.
+        for ext in self.extensions:
+            library = ROOT / self.get_ext_filename(ext.name)
+            fresh = library.with_name(f".{library.name}.{os.getpid()}")
+            shutil.copyfile(Path(self.build_lib, self.get_ext_filename(ext.name)), fresh)
+            fresh.replace(library)
+
     def build_extension(self, ext: Extension) -> None:
+        import fcntl  # exists on Linux, and python_only_because() has sent everything else away
+
         cxx, torch = find_compiler(), find_torch()
         assert cxx is not None and torch is not None  # python_only_because() found both
         objects = Path(self.build_temp).resolve()
         library = Path(self.get_ext_fullpath(ext.name)).resolve()
         library.parent.mkdir(parents=True, exist_ok=True)
+        objects.mkdir(parents=True, exist_ok=True)
         includes = [f"-I{ROOT / 'csrc'}", f"-I{torch / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
         # Messages of torch's check macros carry the path of the source, or of torch's header.
         prefixes = [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={torch / 'include'}/="]
@@ -86,34 +113,42 @@ class BuildLibrary(build_ext):
         # Named explicitly because torch's own libraries are loaded privately, out of reach for an unlinked symbol.
         libraries = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
 
-        pairs = [(ROOT / source, objects / (source.replace("/", "_") + ".o")) for source in ext.sources]
-        objects.mkdir(parents=True, exist_ok=True)
+        commands = {}  # object -> (source, what compiles it)
+        # Files for any processor come first: of two copies of one inline function the linker takes the first.
+        for source in sorted(ext.sources, key=lambda s: (level_flags(s) is not None, s)):
+            target = objects / (source.replace("/", "_") + ".o")
+            commands[target] = ROOT / source, [*compile_, *(level_flags(source) or [])]
+        fresh = library.with_name(f".{library.name}.{os.getpid()}")
+        link = [*cxx, "-shared", "-o", str(fresh), *map(str, commands), *libraries]
         try:
-            if shutil.which("ninja"):
-                self._run_ninja(objects, pairs, library, compile_, [*cxx, "-shared"], libraries)
-            else:
-                for source, target in pairs:
-                    self._run([*compile_, "-c", str(source), "-o", str(target)])
-                self._run([*cxx, "-shared", "-o", str(library), *(str(target) for _, target in pairs), *libraries])
+            with open(objects / "lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one folder take turns
+                if shutil.which("ninja"):
+                    self._run_ninja(objects, commands)
+                else:
+                    jobs = [[*words, "-c", str(s), "-o", str(target)] for target, (s, words) in commands.items()]
+                    with ThreadPoolExecutor(os.cpu_count()) as pool:
+                        list(pool.map(self._run, jobs))
+                self._run(link)
+                fresh.replace(library)
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 f"fastsr: compiling csrc/ failed ({error}).\n"
                 "With FASTSR_BUILD=0 in the environment it installs without compiled operators."
             ) from error
+        finally:
+            fresh.unlink(missing_ok=True)
 
-    def _run_ninja(self, objects, pairs, library, compile_, link, libraries) -> None:
+    def _run_ninja(self, objects, commands) -> None:
         def text(words) -> str:
             return shlex.join(map(str, words)).replace("$", "$$")
 
         def path(p) -> str:
             return str(p).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
-        lines = [
-            f"rule cxx\n  command = {text(compile_)} -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
-            f"rule link\n  command = {text(link)} -o $out $in {text(libraries)}",
-            *(f"build {path(target)}: cxx {path(source)}" for source, target in pairs),
-            f"build {path(library)}: link {' '.join(path(target) for _, target in pairs)}",
-        ]
+        lines = ["rule cxx\n  command = $words -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"]
+        for target, (source, words) in commands.items():
+            lines.append(f"build {path(target)}: cxx {path(source)}\n  words = {text(words)}")
         (objects / "build.ninja").write_text("\n".join(lines) + "\n")
         self._run(["ninja", "-C", str(objects)])
 
@@ -133,6 +168,8 @@ if reason is not None:
     print(f"fastsr: installing Python only, without compiled operators: {reason}", file=sys.stderr)
 
 sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").rglob("*.cpp"))
+if platform.machine().lower() not in ("x86_64", "amd64"):  # the library then says that it has no kernels
+    sources = [source for source in sources if level_flags(source) is None]
 setup(
     packages=[*find_packages(include=["fastsr", "fastsr.*"]), "fastsr.kernels"],
     package_dir={"fastsr.kernels": "kernels"},  # a top-level `kernels` would shadow the published package of that name

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
+#include <cstdlib>
 #include <string>
 
 #include "common/check.h"
@@ -72,8 +73,46 @@ Isa detect() {
 
 #endif
 
+// FASTSR_CPU_ISA, by which tests run every level that a processor has.
+struct Choice {
+  Isa level;
+  std::string problem;
+};
+
+Choice choose() {
+  const char* wanted = std::getenv("FASTSR_CPU_ISA");
+  if (wanted == nullptr || *wanted == '\0') {
+    return {detected(), ""};
+  }
+  std::string known;
+  for (int i = 0; i < kIsaCount; ++i) {
+    const Isa isa = static_cast<Isa>(i);
+    if (std::string(wanted) == name(isa)) {
+      return isa <= detected() ? Choice{isa, ""}
+                               : Choice{Isa::kBaseline, std::string("FASTSR_CPU_ISA asks for ") + wanted +
+                                                            ", but this processor or operating system offers " +
+                                                            name(detected())};
+    }
+    known += (i > 0 ? ", " : "") + std::string(name(isa));
+  }
+  return {Isa::kBaseline, std::string("FASTSR_CPU_ISA: expected one of ") + known + ", got '" + wanted + "'"};
+}
+
+const Choice& choice() {
+  static const Choice made = choose();
+  return made;
+}
+
 std::int64_t isa() {
   return static_cast<std::int64_t>(level());
+}
+
+std::int64_t isa_detected() {
+  return static_cast<std::int64_t>(detected());
+}
+
+std::string isa_problem() {
+  return choice().problem;
 }
 
 std::string isa_name(std::int64_t level) {
@@ -84,9 +123,13 @@ std::string isa_name(std::int64_t level) {
 
 }  // namespace
 
-Isa level() {
+Isa detected() {
   static const Isa found = detect();
   return found;
+}
+
+Isa level() {
+  return choice().level;
 }
 
 const char* name(Isa isa) {
@@ -105,12 +148,16 @@ const char* name(Isa isa) {
 
 STABLE_TORCH_LIBRARY_FRAGMENT(fastsr_cpu, m) {
   m.def("isa() -> int");
+  m.def("isa_detected() -> int");
+  m.def("isa_problem() -> str");
   m.def("isa_name(int level) -> str");
 }
 
 // CompositeExplicitAutograd also serves a call without any tensor, which carries no device to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(fastsr_cpu, CompositeExplicitAutograd, m) {
   m.impl("isa", TORCH_BOX(&isa));
+  m.impl("isa_detected", TORCH_BOX(&isa_detected));
+  m.impl("isa_problem", TORCH_BOX(&isa_problem));
   m.impl("isa_name", TORCH_BOX(&isa_name));
 }
 

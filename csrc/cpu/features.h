@@ -14,6 +14,10 @@ enum class Isa : int {
 inline constexpr int kIsaCount = 4;
 
 // What this processor has AND this operating system saves on a context switch; found once, then remembered.
+Isa detected();
+
+// The level to use: detected(), or a lower one that the environment asks for by FASTSR_CPU_ISA. It is kBaseline where
+// the environment asks for what there is not; isa_problem of the library then says so.
 Isa level();
 
 const char* name(Isa isa);
