@@ -56,11 +56,14 @@ class Backend:
         not. It may read the arguments' metadata only (dtype, device, shape, stride, alignment, scalars).
     run: takes the output made by `alloc`, then the operator's arguments, and fills the output.
     missing: returns why the backend cannot be used on this machine at all (not built, no device), or None.
+    prepare: takes the operator's arguments when a plan is made for them, and returns the `run` of that plan; for
+        backends with work to do once a shape. Like `reason`, it may read metadata only.
     """
 
     reason: Callable[..., str | None]
-    run: Callable[..., None]
+    run: Callable[..., None] | None = None
     missing: Callable[[], str | None] = lambda: None
+    prepare: Callable[..., Callable[..., None]] | None = None
 
 
 @dataclass(frozen=True)
@@ -356,7 +359,8 @@ class Op(Generic[P, R]):
         name = forced or next(n for n, reason in reasons.items() if reason is None)
         chosen = self._backends.get(name)
         refused = {n: r for n, r in reasons.items() if r is not None}
-        return _Plan(name, chosen.run if chosen else None, refused, self._results(args))
+        run = None if chosen is None else chosen.prepare(*args) if chosen.prepare is not None else chosen.run
+        return _Plan(name, run, refused, self._results(args))
 
     def _results(self, args: tuple[Any, ...]) -> tuple[_Spec, ...]:
         """What `alloc` makes of these arguments, learnt on the meta device."""
