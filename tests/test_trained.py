@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from conftest import ROOT
 from torch import nn
 
 import fastsr
+from conftest import ROOT
 from fastsr.evaluate import evaluate
 
 WEIGHTS = ROOT / "tests" / "weights"

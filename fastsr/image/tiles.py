@@ -203,9 +203,10 @@ def halo(through: Pass, image: Image, pad: int | str | None) -> int:
     ESRGAN with 23 blocks looks 349 pixels far, RDN 125 (20 blocks of 6) or 133 (16 of 8). Measured on the full-size
     networks at x4 with the weights of the parity cases (random, of variance-keeping size) on a photograph, in float64:
     a halo of 16 changes no value by more than 1e-8 (ESRGAN), 8e-5 and 3e-4 (RDN) of the result's standard deviation,
-    one of 32 by 2e-14, 3e-12 and 2e-11. With trained weights (tests/weights: 2 blocks of each, x2, in float32) a halo of
-    8 changes no value by more than 7e-4 (ESRGAN) and 4e-4 (RDN) of the standard deviation, one of 12 by no more than
-    rounding does, 7e-6; trained networks of full depth may look further. Raises ValueError where nothing is finite.
+    one of 32 by 2e-14, 3e-12 and 2e-11. With trained weights (tests/weights: 2 blocks of each, x2, in float32) a halo
+    of 8 changes no value by more than 7e-4 (ESRGAN) and 4e-4 (RDN) of the standard deviation, one of 12 by no more
+    than rounding does, 7e-6; trained networks of full depth may look further. Raises ValueError where nothing is
+    finite.
     """
     if type(pad) is int:
         return pad
