@@ -35,7 +35,13 @@ AVX512 = [f"-mavx512{part}" for part in ("f", "dq", "cd", "bw", "vl")]
 AVX512 += [*AVX2, "-mbmi", "-mbmi2", "-mprefer-vector-width=512"]
 # Kernels may contract and reorder traps, but NaN and infinity keep their meaning: no -ffast-math.
 # GCC 12 warns of intrinsics that leave a register undefined on purpose.
-KERNEL = ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-Wno-maybe-uninitialized"]
+KERNEL = [
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]
 LEVELS = {"_avx2": AVX2 + KERNEL, "_avx512": AVX512 + KERNEL, "_avx512_bf16": [*AVX512, "-mavx512bf16", *KERNEL]}
 
 

@@ -42,16 +42,26 @@ def load() -> str | None:
         torch.ops.load_library(str(_PATH))
     except OSError as error:
         return f"fastsr/_C.so does not load: {error}"
-    return None
+    return torch.ops.fastsr_cpu.isa_problem() or None
 
 
 def isa() -> str | None:
-    """The instruction-set level CPU kernels may use here: "avx512_bf16", "avx512", "avx2" or "baseline".
+    """The instruction-set level of the CPU kernels in use: "avx512_bf16", "avx512", "avx2" or "baseline" (none).
 
-    None when `_C.so`, which asks the processor, is missing: there are no CPU kernels to choose from then.
+    It is what processor and operating system offer, or a lower level that FASTSR_CPU_ISA in the environment asks for.
+    None when `_C.so`, which asks the processor, cannot be used: there are no CPU kernels to choose from then.
     """
     if load() is not None:
         return None
     import torch
 
     return torch.ops.fastsr_cpu.isa_name(torch.ops.fastsr_cpu.isa())
+
+
+def offered_isa() -> str | None:
+    """The highest level that processor and operating system offer; None when `_C.so` cannot be used."""
+    if load() is not None:
+        return None
+    import torch
+
+    return torch.ops.fastsr_cpu.isa_name(torch.ops.fastsr_cpu.isa_detected())

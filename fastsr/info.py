@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import os
 import platform
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,8 @@ def _processor() -> str:
     level = _library.isa()
     if level is None:
         level = f"torch says {torch.backends.cpu.get_cpu_capability()}"
+    elif os.environ.get("FASTSR_CPU_ISA"):
+        level = f"{level} by FASTSR_CPU_ISA, of {_library.offered_isa()}"
     return f"{_model_name()}, instruction set: {level}"
 
 

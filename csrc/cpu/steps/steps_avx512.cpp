@@ -1,7 +1,8 @@
 #include "cpu/steps/copy.h"
+#include "cpu/steps/sums.h"
 
 namespace fastsr::cpu {
 
-constinit const StepKernels kStepsAvx512 = {kCopy, {}, {}, {}, {}};
+constinit const StepKernels kStepsAvx512 = {kCopy, kSums, kGate, kMean, kScale};
 
 }  // namespace fastsr::cpu
