@@ -13,7 +13,7 @@ from fastsr import _library
 
 _library.require_torch()
 
-from fastsr import ops  # noqa: E402, F401  (registers the operators)
+from fastsr import backends  # noqa: E402, F401  (registers the operators and their kernels)
 from fastsr.convert import convert  # noqa: E402
 from fastsr.evaluate import evaluate  # noqa: E402
 from fastsr.image.upscale import upscale  # noqa: E402
