@@ -533,6 +533,31 @@ std::int64_t partials(Tensor conv) {
   return algorithm(c.shape.form)->plan(c, 1).partials;
 }
 
+// Floating-point operations a second of torch's threads, in units of 10^9: the best of many short runs, as other programs
+// may take the processor away from some. Kinds: 0 float32, 1 products of bfloat16.
+double peak(std::int64_t kind) {
+  constexpr const char* kOp = "fastsr_cpu::peak";
+  expect(within(kind, 0, 1), kOp, "kind", "0 (float32) or 1 (bfloat16)", kind);
+  const StepKernels* kernels = step_kernels();
+  const auto run = kernels == nullptr ? nullptr : kind == 0 ? kernels->peak_fma : kernels->peak_bf16;
+  if (run == nullptr) fail(kOp, "kind", "arithmetic that the instruction set has", name(level()));
+  constexpr int kRuns = 200;
+  constexpr std::int64_t kPasses = 100000;  // about half a millisecond
+  const int threads = static_cast<int>(torch::stable::get_num_threads());
+  double best = 0.0;
+  for (int i = 0; i < kRuns; ++i) {
+    using Clock = std::chrono::steady_clock;
+    const Clock::time_point start = Clock::now();
+    std::atomic<std::int64_t> sum{0};
+    torch::stable::parallel_for(0, threads, 1, [&](std::int64_t begin, std::int64_t end) {
+      for (; begin < end; ++begin) sum += static_cast<std::int64_t>(run(kPasses));
+    });
+    const double rate = static_cast<double>(sum) / std::chrono::duration<double>(Clock::now() - start).count();
+    best = rate > best ? rate : best;
+  }
+  return best * 1e-9;
+}
+
 // Every byte counts and so does its place: each step is a bijection of the running value and of the word it takes in.
 std::int64_t checksum(Tensor x) {
   constexpr std::uint64_t kFactor = 0x9e3779b97f4a7c15u;  // 2^64 over the golden ratio, odd
@@ -577,6 +602,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(fastsr_cpu, m) {
   m.def("run(Tensor(a!)[] tensors, Tensor program) -> ()");
   m.def("profile(Tensor(a!)[] tensors, Tensor program) -> float[]");
   m.def("checksum(Tensor x) -> int");
+  m.def("peak(int kind) -> float");
   m.def("struct_sizes() -> int[]");
 }
 
@@ -590,6 +616,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastsr_cpu, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastsr_cpu, CompositeExplicitAutograd, m) {
+  m.impl("peak", TORCH_BOX(&peak));
   m.impl("struct_sizes", TORCH_BOX(&struct_sizes));
 }
 

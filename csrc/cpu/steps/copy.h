@@ -80,7 +80,7 @@ FASTSR_INLINE void transpose(Vec (&v)[16]) {
 
 #endif
 
-// Sixteen values or fewer between two places, one of which they are apart in: `lanes` of each of `rows` rows.
+// `rows` rows of `lanes` values, both at most sixteen, become `lanes` rows of `rows` values.
 template <typename From, typename To>
 FASTSR_INLINE void transpose_square(const From* from, std::int64_t from_row, To* to, std::int64_t to_row, int rows,
                                     int lanes) {
@@ -99,14 +99,26 @@ FASTSR_INLINE void transpose_square(const From* from, std::int64_t from_row, To*
   }
 }
 
-// `rows` rows of `length` values each, `from_row` apart, become `length` rows of `rows` values each, `to_row` apart.
+// `channels` planes become `length` pixels.
 template <typename From, typename To>
-static void transpose_rows(const From* from, std::int64_t from_row, To* to, std::int64_t to_row, std::int64_t rows,
-                           std::int64_t length) {
-  for (std::int64_t r = 0; r < rows; r += kLanes) {
+static void planes_to_pixels(const From* from, std::int64_t plane, To* to, std::int64_t pixel, std::int64_t channels,
+                             std::int64_t length) {
+  for (std::int64_t k = 0; k < channels; k += kLanes) {
     for (std::int64_t x = 0; x < length; x += kLanes) {
-      transpose_square(from + r * from_row + x, from_row, to + x * to_row + r, to_row,
-                       static_cast<int>(smaller(rows - r, kLanes)), static_cast<int>(smaller(length - x, kLanes)));
+      transpose_square(from + k * plane + x, plane, to + x * pixel + k, pixel,
+                       static_cast<int>(smaller(channels - k, kLanes)), static_cast<int>(smaller(length - x, kLanes)));
+    }
+  }
+}
+
+// The other way. Planes are often a multiple of a cache's way apart, so only sixteen are written at a time.
+template <typename From, typename To>
+static void pixels_to_planes(const From* from, std::int64_t pixel, To* to, std::int64_t plane, std::int64_t channels,
+                             std::int64_t length) {
+  for (std::int64_t k = 0; k < channels; k += kLanes) {
+    for (std::int64_t x = 0; x < length; x += kLanes) {
+      transpose_square(from + x * pixel + k, pixel, to + k * plane + x, plane,
+                       static_cast<int>(smaller(length - x, kLanes)), static_cast<int>(smaller(channels - k, kLanes)));
     }
   }
 }
@@ -165,9 +177,9 @@ static void copy_piece(const Copy& c, const CopyPlan& p, std::int64_t n, std::in
       for (std::int64_t k = 0; k < c.channels; ++k) copy_line(from + k * c.from.channel, to + k * c.to.channel, length);
       return;
     case CopyPlan::kToPixels:
-      return transpose_rows(from, c.from.channel, to, c.to.pixel, c.channels, length);
+      return planes_to_pixels(from, c.from.channel, to, c.to.pixel, c.channels, length);
     case CopyPlan::kToPlanes:
-      return transpose_rows(from, c.from.pixel, to, c.to.channel, length, c.channels);
+      return pixels_to_planes(from, c.from.pixel, to, c.to.channel, c.channels, length);
     case CopyPlan::kAny:
       for (std::int64_t k = 0; k < c.channels; ++k) {
         for (std::int64_t i = 0; i < length; ++i) {

@@ -22,6 +22,10 @@ struct StepKernels {
   StepKernel<Gate> gate;
   StepKernel<Mean> mean;
   StepKernel<Scale> scale;
+  // So many passes of arithmetic alone: of float32, and of bfloat16 products (null where there are none). The result is
+  // the number of floating-point operations.
+  double (*peak_fma)(std::int64_t passes);
+  double (*peak_bf16)(std::int64_t passes);
 };
 
 extern const StepKernels kStepsAvx2, kStepsAvx512, kStepsAvx512Bf16;
