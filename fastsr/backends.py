@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from functools import partial
 
-from fastsr import _cpu, ops  # noqa: F401  (registers the operators)
+from fastsr import _cpu, _triton, ops  # noqa: F401  (registers the operators)
 from fastsr.op import OPS, Backend
 
 for op in OPS.values():
+    found = {
+        "triton": Backend(
+            partial(_triton.reason, op), partial(_triton.run, op), _triton.missing, advice=partial(_triton.advice, op)
+        )
+    }
     if op.recipe_of is not None:
-        cpu = Backend(partial(_cpu.reason, op), missing=_cpu.missing, prepare=partial(_cpu.Runner, op))
-        op.backends(cpu=cpu)
+        found["cpu"] = Backend(partial(_cpu.reason, op), missing=_cpu.missing, prepare=partial(_cpu.Runner, op))
+    op.backends(**found)

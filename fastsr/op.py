@@ -58,12 +58,15 @@ class Backend:
     missing: returns why the backend cannot be used on this machine at all (not built, no device), or None.
     prepare: takes the operator's arguments when a plan is made for them, and returns the `run` of that plan; for
         backends with work to do once a shape. Like `reason`, it may read metadata only.
+    advice: takes the operator's arguments; returns None, or a sentence saying why the backends after this one are
+        expected to be faster for them. It is heeded unless this backend is forced.
     """
 
     reason: Callable[..., str | None]
     run: Callable[..., None] | None = None
     missing: Callable[[], str | None] = lambda: None
     prepare: Callable[..., Callable[..., None]] | None = None
+    advice: Callable[..., str | None] = lambda *args: None
 
 
 @dataclass(frozen=True)
@@ -162,8 +165,9 @@ def expect_alike(**tensors: Any) -> None:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """True for a 4-D tensor stored N, H, W, C, also for a slice of its channels; False where both layouts agree."""
-    return x.dim() == 4 and x.stride(1) == 1 and x.stride(3) >= x.shape[1] and not x.is_contiguous()
+    """True for a 4-D tensor stored N, H, W, C, also for a slice of its channels; False for a single pixel. Of one
+    channel it is told by the strides, in which torch sees no difference."""
+    return x.dim() == 4 and x.stride(1) == 1 and x.stride(3) >= x.shape[1] and x.shape[2] * x.shape[3] > 1
 
 
 def empty_image(like: Tensor, shape: Sequence[int], *, channels_last: bool | None = None) -> Tensor:
@@ -356,9 +360,16 @@ class Op(Generic[P, R]):
         reasons = self._reasons(args)
         if forced is not None and reasons[forced]:
             raise RuntimeError(f"fastsr::{self.name}: backend '{forced}' rejected: {reasons[forced]}")
-        name = forced or next(n for n, reason in reasons.items() if reason is None)
-        chosen = self._backends.get(name)
+        name = forced or "eager"
         refused = {n: r for n, r in reasons.items() if r is not None}
+        if forced is None:
+            for candidate in (n for n in self._backends if n not in refused):
+                against = self._backends[candidate].advice(*args)
+                if against is None:
+                    name = candidate
+                    break
+                refused[candidate] = against
+        chosen = self._backends.get(name)
         run = None if chosen is None else chosen.prepare(*args) if chosen.prepare is not None else chosen.run
         return _Plan(name, run, refused, self._results(args))
 
