@@ -3,46 +3,126 @@
 from __future__ import annotations
 
 import copy
+import threading
+import weakref
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from fastsr import packing
+
 Module = TypeVar("Module", bound=nn.Module)
 
+_given = threading.local()  # .dtypes: those given to the calls that this thread is in, innermost first, in pairs
 
-class _CastInputs:
-    """Forward pre-hook: floating-point tensors, also in tuples and lists, arrive in the dtype that the module's
-    parameters have by then, or in the one given for a module without any."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+class Door:
+    """The hooks of a frozen module: what comes in is cast to the parameters' dtype, what goes out to the dtype that came
+    in, and the parameters of a copy are frozen like those that were copied."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def __init__(self, dtype: torch.dtype | None, products: str) -> None:
+        self.dtype = dtype  # of a module without parameters
+        self.products = products
+        self.owner: weakref.ref[nn.Module] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"owner": None}
+
+    def freeze(self, module: nn.Module) -> None:
+        """Freezes the module's tensors; the module is the one that has the hooks."""
+        packing.freeze([*module.parameters(), *module.buffers()], self.products)
+        self.owner = weakref.ref(module)
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        """The forward pre-hook."""
+        if not torch.compiler.is_compiling() and (self.owner is None or self.owner() is not module):
+            self.freeze(module)
+        first = next(_floating((args, kwargs)), None)
+        _given.dtypes = (None if first is None else first.dtype, getattr(_given, "dtypes", None))
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), self.dtype)
+        return _cast(args, dtype), _cast(kwargs, dtype)
 
-        def cast(value: Any) -> Any:
-            if type(value) in (tuple, list):
-                return type(value)(cast(v) for v in value)
-            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+    def leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
+        """The forward hook, called after exceptions too."""
+        dtype, _given.dtypes = _given.dtypes
+        return _cast(result, dtype)
 
-        return cast(args), {k: cast(v) for k, v in kwargs.items()}
+
+def _floating(value: Any):
+    """The floating-point tensors among arguments or results."""
+    if isinstance(value, Tensor):
+        if value.is_floating_point():
+            yield value
+    elif type(value) in (tuple, list, dict):
+        for v in value.values() if type(value) is dict else value:
+            yield from _floating(v)
+
+
+def _cast(value: Any, dtype: torch.dtype | None) -> Any:
+    """The same with its floating-point tensors of another dtype."""
+    if type(value) in (tuple, list):
+        return type(value)(_cast(v, dtype) for v in value)
+    if type(value) is dict:
+        return {k: _cast(v, dtype) for k, v in value.items()}
+    floating = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(dtype) if floating and dtype is not None else value
 
 
 def optimize(model: Module, *, dtype: torch.dtype | None = None) -> Module:
     """A new frozen module for inference: same class, same call, same parameter names; the argument is untouched.
 
-    The result is in evaluation mode, its parameters need no gradients, and its call casts floating-point inputs to
-    `dtype` (torch.float32, float16, bfloat16 or float64; None keeps the model's), which is the dtype of what it
-    returns. Changing the original's weights afterwards does not change the result's. Raises TypeError for anything
-    but a module or a floating dtype.
+    The result is in evaluation mode, its parameters need no gradients, and its weights are packed once, for each kind of
+    image size that needs its own. It computes in `dtype` (torch.float32, float16, bfloat16 or float64; None keeps the
+    model's) and takes floating-point tensors of any dtype; what it returns has the dtype of the first that was given.
+
+    On a CPU, bfloat16 is a mode: parameters and the maps between operators stay float32, convolutions multiply in
+    bfloat16 and sum in float32, but for those from or to at most four channels, a network's first and last. A network
+    for which that is not exact enough says so (`Network.cpu_bfloat16`). Without the kernels for it, or on a processor
+    without AVX512-BF16, it computes in float32.
+
+    To change weights afterwards use `load_state_dict`; packed weights do not follow `p.data.mul_()` or a write through
+    NumPy. Changing the original's weights does not change the result's. Raises TypeError for anything but a module or a
+    floating dtype.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: expected model to be a torch.nn.Module; got {type(model).__name__}")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"optimize: expected dtype to be a floating-point dtype; got {dtype}")
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    parameters = [p for p in frozen.parameters() if p.is_floating_point()]
+    mode = dtype == torch.bfloat16 and all(p.device.type == "cpu" for p in parameters)
     if dtype is not None:
-        frozen = frozen.to(dtype)
-        frozen.register_forward_pre_hook(_CastInputs(dtype), with_kwargs=True)
+        frozen = frozen.to(torch.float32 if mode else dtype)
+    for p in frozen.parameters():
+        if p.dim() == 4:
+            p.data = _channels_last(p.data)
+    door = _door(frozen)
+    if door is None:
+        door = Door(dtype, "float32")
+        frozen.register_forward_pre_hook(door.enter, with_kwargs=True)
+        frozen.register_forward_hook(door.leave, with_kwargs=True, always_call=True)
+    door.dtype = torch.float32 if mode else dtype
+    door.products = getattr(frozen, "cpu_bfloat16", "bfloat16") if mode else "float32"
+    door.freeze(frozen)
     return frozen
+
+
+def freeze_copy(module: nn.Module) -> None:
+    """Freezes the parameters of a copy of a frozen module; does nothing to other modules."""
+    door = _door(module)
+    if door is not None:
+        door.freeze(module)
+
+
+def _door(module: nn.Module) -> Door | None:
+    owners = (getattr(hook, "__self__", None) for hook in module._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, Door)), None)
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    """The weight in the layout that asks `conv_act` for a channels-last result. It is written out because torch takes
+    both layouts of one channel for the same, and copies nothing."""
+    _, c, h, w = weight.shape
+    strides = (c * h * w, 1, c * w, c)
+    return torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device).copy_(weight)

@@ -87,23 +87,25 @@ def kept(key: Hashable, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
     return value
 
 
-def derived(make: Callable[..., T], *tensors: Tensor) -> T:
-    """make(*tensors), a tensor or a tuple of them, kept and frozen like its sources. `make` is a function of a module.
+def derived(make: Callable[..., T], *args: Any) -> T:
+    """make(*args), a tensor or a tuple of them, kept and frozen like the tensors among its arguments. `make` is a
+    function of a module; the first argument is a tensor.
 
     It is simply computed while gradients or graphs are recorded.
     """
+    tensors = [a for a in args if isinstance(a, Tensor)]
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
-        return make(*tensors)
+        return make(*args)
 
     def ordinary() -> T:
         with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be used outside it
-            made = make(*tensors)
+            made = make(*args)
         modes = [products(t) for t in tensors]
-        if all(modes):
+        if modes[0] is not None and None not in modes:
             freeze(made if isinstance(made, tuple) else (made,), modes[0])  # type: ignore[arg-type]
         return made
 
-    return kept(make, tensors, ordinary)
+    return kept((make, *(a for a in args if not isinstance(a, Tensor))), tensors, ordinary)
 
 
 def _mark(t: Tensor) -> Any:

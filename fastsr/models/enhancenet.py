@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastsr import packing
 from fastsr.models.network import Network, State
 from fastsr.nn import ConvAct
 from fastsr.ops import res_block, resize_bicubic
@@ -99,7 +100,7 @@ class EnhanceNet(Network):
         """x: (N, 3, H, W) RGB in 0..1 -> (N, 3, 4 * H, 4 * W) in the same range, not clipped."""
         mean = x.new_tensor(self.config.rgb_mean)
         # the mean is subtracted on load, so that the zero padding stays zero
-        y = self.Conv(x, pre_shift=-mean)
+        y = self.Conv(x, pre_shift=packing.derived(_minus, self.Conv.weight, self.config.rgb_mean))
         layers = [getattr(self, f"Conv_{n}") for n in range(1, 2 * self.config.blocks + 5)]
         *blocks, up1, up2, before, last = layers
         for a, b in zip(blocks[::2], blocks[1::2], strict=True):
@@ -111,3 +112,7 @@ class EnhanceNet(Network):
         """The image that the last layer's residual is added to: TensorFlow 1's bicubic, not a centred one."""
         r, (h, w) = self.config.scale, x.shape[-2:]
         return resize_bicubic(x, h * r, w * r, float(r), float(r), "tf1")
+
+
+def _minus(like: Tensor, values: tuple[float, ...]) -> Tensor:
+    return -like.new_tensor(values)

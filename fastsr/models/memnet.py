@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsr import packing
 from fastsr.models.network import Network, State, indices
 from fastsr.nn import ConvAct
 from fastsr.ops import memory_block, resize_bicubic
@@ -56,10 +57,16 @@ class MemNetConfig:
 
 def affine(bn: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """(scale, shift), (C,) each, for which the evaluating bn(x) is scale * x + shift."""
-    wide = torch.promote_types(bn.weight.dtype, torch.float32)  # half precision is rounded once, at the end
-    weight, bias, mean, var = (t.to(wide) for t in (bn.weight, bn.bias, bn.running_mean, bn.running_var))
-    scale = weight / torch.sqrt(var + bn.eps)
-    return scale.to(bn.weight.dtype), (bias - mean * scale).to(bn.weight.dtype)
+    assert bn.running_mean is not None and bn.running_var is not None
+    return packing.derived(_affine, bn.weight, bn.bias, bn.running_mean, bn.running_var, bn.eps)
+
+
+def _affine(weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    dtype = weight.dtype
+    wide = torch.promote_types(dtype, torch.float32)  # half precision is rounded once, at the end
+    weight, bias, mean, var = (t.to(wide) for t in (weight, bias, mean, var))
+    scale = weight / torch.sqrt(var + eps)
+    return scale.to(dtype), (bias - mean * scale).to(dtype)
 
 
 def bn_relu_conv(bn: nn.BatchNorm2d, conv: ConvAct, *inputs: Tensor, skip: Tensor | None = None) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsr.optimize import freeze_copy
+
 State = Mapping[str, Tensor]
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K, as EDSR and its descendants use it; RGB, for values 0..1
@@ -44,6 +46,8 @@ class Network(nn.Module):
         hints: fields of Config that no file can say; `load(..., field=value)` sets them.
         fixed: fields of Config that neither a file nor a hint changes.
         colour: "rgb" or "y", what the images are (BT.601 luma as MATLAB's rgb2ycbcr gives it, scaled to value_range).
+        cpu_bfloat16: how `fastsr.optimize(dtype=torch.bfloat16)` multiplies on a CPU: "bfloat16", or "careful", slower,
+            where that would be less exact than torch's autocast.
         split: a part of the network has to see the whole image: it is `local_part` of `global_part`.
 
     `origin` is what `load` made it from; None for a network that was created.
@@ -57,12 +61,17 @@ class Network(nn.Module):
     hints: ClassVar[tuple[str, ...]] = ()
     fixed: ClassVar[tuple[str, ...]] = ()
     colour: ClassVar[str] = "rgb"
+    cpu_bfloat16: ClassVar[str] = "bfloat16"
     split: ClassVar[bool] = False
     origin: Origin | None = None
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        freeze_copy(self)
 
     # What a checkpoint is.
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsr import packing
 from fastsr.models.network import Network, State, indices
 from fastsr.nn import ConvAct
 from fastsr.ops import res_block
@@ -52,8 +53,12 @@ class BatchNorm(nn.Module):
     def folded(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(weight, bias) of the convolution that does what a convolution with `weight` and no bias does, and then this
         layer in evaluation mode."""
-        factor = self.weight * (self.running_var + EPS).rsqrt()
-        return weight * factor[:, None, None, None], self.bias - self.running_mean * factor
+        return packing.derived(_folded, weight, self.weight, self.bias, self.running_mean, self.running_var)
+
+
+def _folded(weight: Tensor, factor: Tensor, bias: Tensor, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+    factor = factor * (var + EPS).rsqrt()
+    return weight * factor[:, None, None, None], bias - mean * factor
 
 
 def without_counters(state: State) -> State:
