@@ -1,7 +1,7 @@
-"""Whole networks, image in to image out: fastsr's module as loaded and optimised, contiguous and channels_last.
+"""Whole networks, image in to image out, all peers in turns: `pytest bench/test_models.py -k carn`.
 
-`pytest bench/test_models.py -k carn` measures float32 at 64x64 on the CPU, or at 256x256 on a GPU where there is one.
-Untrained weights: speed does not depend on them. The optimised form has to agree with the plain one before it is timed.
+Every result is compared with float64 before anything is timed. `-k "carn and 128"` chooses a case, `--peers
+fastsr-f32,openvino-f32` who takes part, `--quick` a few small ones. Rows are appended to bench/results at once.
 """
 
 from __future__ import annotations
@@ -9,51 +9,88 @@ from __future__ import annotations
 import pytest
 import torch
 
-import fastsr
+from bench.conftest import peers_of, recorded
+from bench.networks import CASES, build, build_trained, inputs_of, trained
+from bench.peers import OURS, Subject, processors
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SIZE = 256 if DEVICE == "cuda" else 64
-NETWORKS = {
-    "carn": {"scale": 4},
-    "carn_m": {"scale": 4, "mobile": True, "group": 4},
-    "rcan": {"scale": 4},
-    "esrgan": {"scale": 4},
-    "rdn": {"scale": 4},
-    "dbpn": {"scale": 4},
-    "msrn": {"scale": 4},
-    "idn": {"scale": 4},
-    "srfeat": {},
-    "enhancenet": {},
-}
-FORMS = {"module": lambda m: m, "optimized": fastsr.optimize}
+PATCH = 48  # height and width of the small image of a training patch, at which every network is measured too
+QUICK = ("carn", "carn_m", "idn")
+SIZES = (48, 96, 192, 384, 768, 1024)
+SIZES_OF = "carn_m"  # the network of the curve over sizes
+THREADS_OF = "carn"  # the network of the curve over threads
+CURVE = ("eager", "channels_last", "openvino-f32", "openvino-bf16", "fastsr-f32", "fastsr-bf16")
 
 
-def build(name: str) -> fastsr.Network:
-    """The untrained network, the same weights each time."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return fastsr.create(name.removesuffix("_m"), **NETWORKS[name]).to(DEVICE)
+def pytest_generate_tests(metafunc):
+    config, quick = metafunc.config, metafunc.config.getoption("quick")
+    peers, test = peers_of(config, OURS), metafunc.function.__name__
+    if test == "test_network":
+        names = QUICK if quick else CASES
+        cases = [(n, size) for n in names for size in sorted({PATCH} if quick else {PATCH, CASES[n].size})]
+        metafunc.parametrize(("name", "size"), cases, ids=[f"{n}-{size}" for n, size in cases])
+    elif test == "test_sizes":
+        curve = [p for p in peers if p in CURVE]
+        peers = [p for p in curve if p.startswith(("eager", "fastsr", "openvino-f32"))] if quick else curve
+        metafunc.parametrize("size", SIZES[:2] if quick else SIZES)
+    elif test == "test_threads":
+        peers = [p for p in peers if p in CURVE]
+        counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < torch.get_num_threads()] + [torch.get_num_threads()]
+        metafunc.parametrize("threads", counts[:1] if quick else counts)
+    elif test == "test_accuracy":
+        peers = [p for p in peers if p != "eager"]
+        metafunc.parametrize("name", [*trained()][: 1 if quick else None])
+    metafunc.parametrize("peer", peers)
 
 
-@torch.inference_mode()
-@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", NETWORKS)
-def test_model(benchmark, name, form, layout):
-    plain = build(name)
-    memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    model = FORMS[form](plain).to(memory_format=memory_format)
-    generator = torch.Generator().manual_seed(0)
-    channels = 1 if model.colour == "y" else 3
-    x = torch.rand(1, channels, SIZE, SIZE, generator=generator).to(DEVICE).to(memory_format=memory_format)
-    expected = plain(x)
-    assert (model(x) - expected).norm() / expected.norm() < 1e-5
+def subject(name: str, size: int) -> Subject:
+    """A network of CASES with its image, on the device that is measured."""
+    module = build(CASES[name]).to(DEVICE)
+    return Subject(module, tuple(x.to(DEVICE) for x in inputs_of(module, size)))
 
-    def run():
-        model(x)
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
 
-    benchmark.group = name
-    benchmark.extra_info.update(form=form, layout=layout, device=DEVICE, shape=list(x.shape), torch=torch.__version__)
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+@pytest.mark.benchmark(timer=recorded)
+def test_network(show, name, size, peer):
+    show(("network", name, f"{size}x{size}"), "network", lambda: subject(name, size), peer)
+
+
+@pytest.mark.benchmark(timer=recorded)
+def test_sizes(show, size, peer):
+    """From a training patch to a photograph; float64 takes too long for the large ones, there eager is the truth."""
+    largest = 4 * 256 * (2 * size) ** 2  # bytes of the map before the last shuffle
+    free = _free_memory()
+    if 4 * largest > free:
+        pytest.skip(f"{size}x{size} needs about {4 * largest >> 20} MiB; {free >> 20} MiB are free")
+    key = ("network", SIZES_OF, f"{size}x{size}", "curve")
+    show(key, "large", lambda: subject(SIZES_OF, size), peer, against_float64=size <= 192)
+
+
+@pytest.mark.benchmark(timer=recorded)
+def test_threads(show, threads, peer):
+    before = torch.get_num_threads()
+    if threads > processors():
+        pytest.skip(f"{threads} threads on {processors()} processors")
+    torch.set_num_threads(threads)
+    try:
+        key = ("network", THREADS_OF, f"{CASES[THREADS_OF].size // 2}x{CASES[THREADS_OF].size // 2}", threads)
+        show(key, "large", lambda: subject(THREADS_OF, CASES[THREADS_OF].size // 2), peer)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_accuracy(show, name, peer):
+    """Trained networks on a photograph against float64; nothing is timed."""
+
+    def make() -> Subject:
+        module = build_trained(trained()[name]).to(DEVICE)
+        return Subject(module, tuple(x.to(DEVICE) for x in inputs_of(module, 64)))
+
+    show(("accuracy", name, "64x64"), "accuracy", make, peer)
+
+
+def _free_memory() -> int:
+    """Bytes: of the GPU, or what the system says is available."""
+    if DEVICE == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    psutil = pytest.importorskip("psutil")
+    return psutil.virtual_memory().available
