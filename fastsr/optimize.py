@@ -18,8 +18,8 @@ _given = threading.local()  # .dtypes: those given to the calls that this thread
 
 
 class Door:
-    """The hooks of a frozen module: what comes in is cast to the parameters' dtype, what goes out to the dtype that came
-    in, and the parameters of a copy are frozen like those that were copied."""
+    """The hooks of a frozen module: what comes in is cast to the parameters' dtype, what goes out to the dtype that
+    came in, and the parameters of a copy are frozen like those that were copied."""
 
     def __init__(self, dtype: torch.dtype | None, products: str) -> None:
         self.dtype = dtype  # of a module without parameters
@@ -72,9 +72,9 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
 def optimize(model: Module, *, dtype: torch.dtype | None = None) -> Module:
     """A new frozen module for inference: same class, same call, same parameter names; the argument is untouched.
 
-    The result is in evaluation mode, its parameters need no gradients, and its weights are packed once, for each kind of
-    image size that needs its own. It computes in `dtype` (torch.float32, float16, bfloat16 or float64; None keeps the
-    model's) and takes floating-point tensors of any dtype; what it returns has the dtype of the first that was given.
+    The result is in evaluation mode, its parameters need no gradients, and its weights are packed once, for each kind
+    of image size that needs its own. It computes in `dtype` (torch.float32, float16, bfloat16 or float64; None keeps
+    the model's) and takes floating-point tensors of any dtype; what it returns has the dtype of the first one given.
 
     On a CPU, bfloat16 is a mode: parameters and the maps between operators stay float32, convolutions multiply in
     bfloat16 and sum in float32, but for those from or to at most four channels, a network's first and last. A network
