@@ -6,10 +6,14 @@
 //   transposed   stride^2 phases: the outputs q * stride + phase, each of which reads only every stride-th tap.
 //   upsample     with stride 1, upsample^2 phases whose taps are sums of those that fall on one input; else the copy
 //                repeats pixels.
+// Phases are computed one after the other, or, where they have so few outputs that lanes would stay empty, as outputs
+// side by side.
+//
 // A task is a tile of the grid of one image. It copies the inputs that the tile reads, with zeros around the image, the
-// prologue applied, all sources side by side and in the type of the products; neighbouring taps of a row are then
-// contiguous, so that even one input channel makes long runs. Sums over many inputs are added up in pieces, which is
-// more accurate and lets the weights of a piece stay in the cache.
+// prologue applied, all sources side by side and in the type of the products. Neighbouring taps of a row are then
+// contiguous, so that even one input channel makes long runs; for groups, the copy is made by the ranges of channels
+// that are read together. Sums over many inputs are added up in pieces, which is more accurate and lets the weights of a
+// piece stay in the cache.
 #pragma once
 
 #include "cpu/conv/blocks.h"
@@ -19,72 +23,99 @@ namespace fastsr::cpu {
 namespace {
 namespace direct {
 
-constexpr std::int64_t kTileBytes = 256 << 10;  // of copied inputs, and of unfinished sums
-constexpr int kPiece = 1024;                    // inputs that are summed before they are added to the rest
+constexpr std::int64_t kTileBytes = 384 << 10;  // of copied inputs; unfinished sums may take as many
+constexpr int kPiece = 1024;  // inputs that are summed before they are added to the rest
+constexpr int kStrip = 24;    // pixels that are finished together, a multiple of every register block's
+
+struct Geometry {
+  int phases;   // an axis, all of them
+  bool merged;  // phases are outputs of one grid
+  int stride;   // of the inputs that neighbouring pixels of the grid read
+  int repeat;   // the copy repeats each input so often
+  int low, high;  // offsets of the first and the last input that pixel 0 reads in any phase
+  int spare;      // pixels that a register block may compute behind a row's last
+};
 
 // One phase along one axis: `taps` inputs from q * stride + offset on.
 struct Axis {
   int offset, taps;
 };
 
-struct Geometry {
-  int phases;  // an axis
-  int stride;  // of the inputs that neighbouring pixels of the grid read
-  int repeat;  // the copy repeats each input so often
-  int channels;  // of the copy: bfloat16 is multiplied in pairs
-  int low, high;  // offsets of the first and the last input that pixel 0 reads in any phase
-};
+FASTSR_INLINE bool phased_upsample(const Shape& s) { return s.upsample > 1 && s.stride == 1 && !s.transposed; }
 
-FASTSR_INLINE Axis axis(const Shape& s, int phase) {
-  if (s.transposed) {
-    // Output q * stride + phase gets input q + d through tap phase + padding - d * stride.
-    const int low = static_cast<int>(-floor_div(s.kernel - 1 - phase - s.padding, s.stride));
-    const int high = static_cast<int>(floor_div(phase + s.padding, s.stride));
-    return {low, high - low + 1};
+FASTSR_INLINE Axis phase_axis(const Shape& s, int phase) {
+  std::int64_t low = -s.padding, high = s.kernel - 1 - s.padding;
+  if (s.transposed) {  // output q * stride + phase gets input q + d through tap phase + padding - d * stride
+    low = -floor_div(s.kernel - 1 - phase - s.padding, s.stride);
+    high = floor_div(phase + s.padding, s.stride);
+  } else if (phased_upsample(s)) {
+    low = floor_div(phase - s.padding, s.upsample);
+    high = floor_div(phase - s.padding + s.kernel - 1, s.upsample);
   }
-  if (s.upsample > 1 && s.stride == 1) {
-    const int low = static_cast<int>(floor_div(phase - s.padding, s.upsample));
-    const int high = static_cast<int>(floor_div(phase - s.padding + s.kernel - 1, s.upsample));
-    return {low, high - low + 1};
-  }
-  return {-s.padding, s.kernel};
+  return {static_cast<int>(low), static_cast<int>(high < low ? 0 : high - low + 1)};
 }
 
-// Whether kernel tap t along one axis reads input `offset + tap` in this phase.
-FASTSR_INLINE bool meets(const Shape& s, int phase, int input, int t) {
-  if (s.transposed) return t == phase + s.padding - input * s.stride;
-  if (s.upsample > 1 && s.stride == 1) return floor_div(phase - s.padding + t, s.upsample) == input;
-  return t - s.padding == input;
+// Whether tap t of the kernel reads the input at an offset, along one axis.
+FASTSR_INLINE bool meets(const Shape& s, int phase, int offset, int t) {
+  if (s.transposed) return t == phase + s.padding - offset * s.stride;
+  if (phased_upsample(s)) return floor_div(phase - s.padding + t, s.upsample) == offset;
+  return t - s.padding == offset;
 }
 
 static inline Geometry geometry(const Shape& s) {
   Geometry g;
-  const bool phased_upsample = !s.transposed && s.upsample > 1 && s.stride == 1;
-  g.phases = s.transposed ? s.stride : phased_upsample ? s.upsample : 1;
+  g.phases = s.transposed ? s.stride : phased_upsample(s) ? s.upsample : 1;
   g.stride = s.transposed ? 1 : s.stride;
-  g.repeat = phased_upsample ? 1 : s.upsample;
-  g.channels = s.bf16_products ? (s.cin + 1) / 2 * 2 : s.cin;
-  g.low = 0;
-  g.high = 0;
+  g.repeat = phased_upsample(s) ? 1 : s.upsample;
+  g.low = 1 << 20;
+  g.high = -(1 << 20);
+  int taps = 0;  // of all phases
   for (int phase = 0; phase < g.phases; ++phase) {
-    const Axis a = axis(s, phase);
-    if (a.taps <= 0) continue;
+    const Axis a = phase_axis(s, phase);
+    if (a.taps == 0) continue;
+    taps += a.taps;
     g.low = a.offset < g.low ? a.offset : g.low;
     g.high = a.offset + a.taps - 1 > g.high ? a.offset + a.taps - 1 : g.high;
   }
+  if (taps == 0) g.low = g.high = 0;
+  // Merged phases all read the union of their inputs.
+  const std::int64_t together = ceil_div(s.cout * g.phases * g.phases, kBlock) * (g.high - g.low + 1) * (g.high - g.low + 1);
+  g.merged = g.phases > 1 && together < ceil_div(s.cout, kBlock) * taps * taps;
+  g.spare = s.groups > 1 ? kMostPixels<1> - 1 : most_pixels(panel_at(0, 0, outputs_of(s, g.merged ? g.phases : 1).blocks).blocks) - 1;
   return g;
 }
 
-// Inputs of a panel as the copy has them.
-FASTSR_INLINE Range panel_inputs(const Shape& s, const Panel& panel) {
-  if (!s.bf16_products) return panel.inputs;
-  return {panel.inputs.begin / 2 * 2, (panel.inputs.end + 1) / 2 * 2};
+FASTSR_INLINE Outputs outputs(const Shape& s, const Geometry& g) { return outputs_of(s, g.merged ? g.phases : 1); }
+
+FASTSR_INLINE Axis axis(const Shape& s, const Geometry& g, int phase) {
+  return g.merged ? Axis{g.low, g.high - g.low + 1} : phase_axis(s, phase);
 }
 
-// Weights of one panel and phase: [tap y][tap x][input][output], in bfloat16 [input / 2][output][2].
-FASTSR_INLINE std::int64_t panel_elements(const Panel& panel, const Range& inputs, const Axis& y, const Axis& x) {
-  if (y.taps <= 0 || x.taps <= 0) return 0;
-  return static_cast<std::int64_t>(y.taps) * x.taps * (inputs.end - inputs.begin) * panel.blocks * kLanes;
+// Phases that are computed apart, an axis.
+FASTSR_INLINE int passes(const Geometry& g) { return g.merged ? 1 : g.phases; }
+
+// Channels that some blocks read, side by side in the copy: in each of its rows, planes come one after the other.
+struct Plane {
+  Range inputs;
+  int width;  // bfloat16 is multiplied in pairs, so odd widths get a zero
+  int begin;  // the widths of the planes before
+  int first_block, end_block;
+};
+
+// Calls do_plane(plane) for all planes and returns their widths together.
+template <typename F>
+FASTSR_INLINE int for_planes(const Shape& s, const Outputs& out, F do_plane) {
+  Plane p = {};
+  for (int block = 0; block < out.blocks; block = p.end_block) {
+    p.inputs = block_inputs(s, out, block);
+    p.first_block = block;
+    p.end_block = same_inputs(s, out, block);
+    p.begin += p.width;
+    p.width = p.inputs.end - p.inputs.begin;
+    if (s.bf16_products) p.width += p.width % 2;
+    do_plane(p);
+  }
+  return p.begin + p.width;
 }
 
 static inline const char* refuse(const Shape& s) {
@@ -99,121 +130,141 @@ static inline const char* refuse(const Shape& s) {
 }
 
 // Packed: bias, slopes, then the prologue's scale and shift (all with zeros behind the last), then weights in the order
-// of phases (y, x) and panels.
+// of phases (y, x), planes and panels: [tap y][tap x][input][output], in bfloat16 [tap y][tap x][input / 2][output][2].
 struct Packed {
   float *bias, *slope, *pre_scale, *pre_shift;
   void* weights;
 };
 
-FASTSR_INLINE std::int64_t vector_floats(const Shape& s) {
-  return 2 * (block_count(s) * kBlock + round_up(s.cin, kBlock) + kBlock);
-}
+FASTSR_INLINE std::int64_t packed_inputs(const Shape& s) { return round_up(s.cin, kBlock) + kBlock; }
 
-FASTSR_INLINE Packed unpack(const Shape& s, void* packed) {
+FASTSR_INLINE Packed unpack(const Shape& s, const Outputs& out, void* packed) {
   Packed p;
-  const std::int64_t outputs = block_count(s) * kBlock, inputs = round_up(s.cin, kBlock) + kBlock;
+  const std::int64_t inputs = packed_inputs(s);
   p.bias = static_cast<float*>(packed);
-  p.slope = p.bias + outputs;
-  p.pre_scale = p.slope + outputs;
+  p.slope = p.bias + out.blocks * kBlock;
+  p.pre_scale = p.slope + out.blocks * kBlock;
   p.pre_shift = p.pre_scale + inputs;
   p.weights = p.pre_shift + inputs;
   return p;
 }
 
+FASTSR_INLINE std::int64_t weight_count(const Plane& plane, int blocks, const Axis& y, const Axis& x) {
+  return static_cast<std::int64_t>(y.taps) * x.taps * plane.width * blocks * kLanes;
+}
+
 static inline std::int64_t packed_bytes(const Shape& s) {
   const Geometry g = geometry(s);
-  std::int64_t elements = 0;
-  for (int block = 0; block < block_count(s);) {
-    const Panel panel = panel_at(s, block);
-    const Range inputs = panel_inputs(s, panel);
-    for (int py = 0; py < g.phases; ++py) {
-      for (int px = 0; px < g.phases; ++px) elements += panel_elements(panel, inputs, axis(s, py), axis(s, px));
+  const Outputs out = outputs(s, g);
+  std::int64_t count = 0;
+  for_planes(s, out, [&](const Plane& plane) {
+    for (int py = 0; py < passes(g); ++py) {
+      for (int px = 0; px < passes(g); ++px) {
+        count += weight_count(plane, plane.end_block - plane.first_block, axis(s, g, py), axis(s, g, px));
+      }
     }
-    block += panel.blocks;
+  });
+  return 4 * 2 * (out.blocks * kBlock + packed_inputs(s)) + count * (s.bf16_products ? 2 : 4);
+}
+
+// The sum of a kernel's taps that read the input at offsets (y, x) for an output of a phase.
+static inline double tap(const Shape& s, const float* weight, int o, int i, int phase_y, int phase_x, int y, int x) {
+  double sum = 0.0;
+  for (int ky = 0; ky < s.kernel; ++ky) {
+    if (!meets(s, phase_y, y, ky)) continue;
+    for (int kx = 0; kx < s.kernel; ++kx) {
+      if (meets(s, phase_x, x, kx)) sum += weight_at(s, weight, o, i, ky, kx);
+    }
   }
-  return vector_floats(s) * 4 + elements * (s.bf16_products ? 2 : 4);
+  return sum;
 }
 
 static inline void pack(const Shape& s, const float* weight, const float* bias, const float* slope,
                         const float* pre_scale, const float* pre_shift, void* packed) {
   const Geometry g = geometry(s);
-  const Packed p = unpack(s, packed);
-  pack_outputs(s, bias, p.bias);
-  pack_outputs(s, slope, p.slope);
-  for (int i = 0; i < round_up(s.cin, kBlock) + kBlock; ++i) {
+  const Outputs out = outputs(s, g);
+  const Packed p = unpack(s, out, packed);
+  pack_outputs(s, out, bias, p.bias);
+  pack_outputs(s, out, slope, p.slope);
+  for (int i = 0; i < packed_inputs(s); ++i) {
     p.pre_scale[i] = i >= s.cin ? 0.0f : pre_scale != nullptr ? pre_scale[i] : 1.0f;
     p.pre_shift[i] = i < s.cin && pre_shift != nullptr ? pre_shift[i] : 0.0f;
   }
   float* floats = static_cast<float*>(p.weights);
   bf16* halves = static_cast<bf16*>(p.weights);
-  for (int py = 0; py < g.phases; ++py) {
-    for (int px = 0; px < g.phases; ++px) {
-      const Axis y = axis(s, py), x = axis(s, px);
-      for (int block = 0; block < block_count(s);) {
-        const Panel panel = panel_at(s, block);
-        const Range inputs = panel_inputs(s, panel);
-        const int width = panel.blocks * kLanes;
-        for (int ty = 0; ty < y.taps; ++ty) {
-          for (int tx = 0; tx < x.taps; ++tx) {
-            for (int i = inputs.begin; i < inputs.end; ++i) {
-              for (int lane = 0; lane < width; ++lane) {
-                const int position = block * kBlock + lane;
-                double sum = 0.0;
-                if (position < s.cout && i < s.cin) {
-                  const int o = output_at(s, position);
-                  for (int ky = 0; ky < s.kernel; ++ky) {
-                    if (!meets(s, py, y.offset + ty, ky)) continue;
-                    for (int kx = 0; kx < s.kernel; ++kx) {
-                      if (meets(s, px, x.offset + tx, kx)) sum += weight_at(s, weight, o, i, ky, kx);
-                    }
-                  }
-                }
-                const std::int64_t row = static_cast<std::int64_t>(ty * x.taps + tx) * (inputs.end - inputs.begin);
-                const int at = i - inputs.begin;
-                if (s.bf16_products) {
-                  halves[((row + at) / 2 * width + lane) * 2 + at % 2] = to_bf16(static_cast<float>(sum));
-                } else {
-                  floats[(row + at) * width + lane] = static_cast<float>(sum);
-                }
-              }
+  for (int pass = 0; pass < passes(g) * passes(g); ++pass) {
+    const int py = pass / passes(g), px = pass % passes(g);
+    const Axis y = axis(s, g, py), x = axis(s, g, px);
+    for_planes(s, out, [&](const Plane& plane) {
+      for (int block = plane.first_block; block < plane.end_block;) {
+        const Panel panel = panel_at(block, plane.first_block, plane.end_block);
+        const int lanes = panel.blocks * kLanes;
+        for (std::int64_t k = 0; k < static_cast<std::int64_t>(y.taps) * x.taps * plane.width; ++k) {
+          const int i = plane.inputs.begin + static_cast<int>(k % plane.width);
+          const int tap_y = static_cast<int>(k / plane.width / x.taps), tap_x = static_cast<int>(k / plane.width % x.taps);
+          for (int lane = 0; lane < lanes; ++lane) {
+            const int position = block * kBlock + lane, phase = g.merged ? position / s.cout : 0;
+            const bool inside = position < out.count && i < plane.inputs.end;
+            const double w = inside ? tap(s, weight, output_at(s, position), i, py + phase / g.phases,
+                                          px + phase % g.phases, y.offset + tap_y, x.offset + tap_x)
+                                    : 0.0;
+            if (s.bf16_products) {
+              halves[(k / 2 * lanes + lane) * 2 + k % 2] = to_bf16(static_cast<float>(w));
+            } else {
+              floats[k * lanes + lane] = static_cast<float>(w);
             }
           }
         }
-        const std::int64_t elements = panel_elements(panel, inputs, y, x);
-        floats += elements;
-        halves += elements;
+        floats += weight_count(plane, panel.blocks, y, x);
+        halves += weight_count(plane, panel.blocks, y, x);
         block += panel.blocks;
       }
-    }
+    });
   }
 }
 
-// Plan::own: rows and columns of the grid in a tile, tiles along y and x, and where in the scratch sums and sinks begin.
-enum Own { kTileRows, kTileColumns, kTilesY, kTilesX, kSumsAt, kSinksAt };
+// Plan::own: rows and columns of the grid in a tile, tiles along y and x, and where in the scratch the unfinished sums,
+// the sinks and the planes begin.
+enum Own { kTileRows, kTileColumns, kTilesY, kTilesX, kSumsAt, kSinksAt, kPlanesAt };
+
+// Columns of the copy for so many of the grid. A register block may compute pixels behind a row's last, whose inputs
+// must exist but need no value.
+FASTSR_INLINE std::int64_t copied_columns(const Geometry& g, std::int64_t columns) {
+  return (columns + g.spare - 1) * g.stride + g.high - g.low + 1;
+}
+FASTSR_INLINE std::int64_t copied_rows(const Geometry& g, std::int64_t rows) {
+  return (rows - 1) * g.stride + g.high - g.low + 1;
+}
 
 static inline Plan plan(const Conv& c, int threads) {
   const Shape& s = c.shape;
   const Geometry g = geometry(s);
+  const Outputs out = outputs(s, g);
   const std::int64_t grid_y = ceil_div(c.out_height, g.phases), grid_x = ceil_div(c.out_width, g.phases);
-  const std::int64_t pixel = g.channels * (s.bf16_products ? 2 : 4), halo = g.high - g.low;
-  const std::int64_t most = 14;  // pixels of a register block; it may read the pixels behind a row's last
+  const std::int64_t pixel = for_planes(s, out, [](const Plane&) {}) * (s.bf16_products ? 2 : 4);
   auto copied = [&](std::int64_t rows, std::int64_t columns) {
-    return ((rows - 1) * g.stride + halo + 1) * ((columns + most) * g.stride + halo + 1) * pixel;
+    return copied_rows(g, rows) * copied_columns(g, columns) * pixel;
   };
   auto unfinished = [&](std::int64_t rows, std::int64_t columns) {
-    return rows * (columns + most) * kPanelBlocks * kLanes * 4;
+    return rows * (columns + kStrip) * kPanelBlocks * kLanes * 4;
   };
-  auto fits = [&](std::int64_t rows, std::int64_t columns) {
-    return copied(rows, columns) <= kTileBytes && unfinished(rows, columns) <= kTileBytes;
-  };
-  // The width of a tile must not depend on the number of threads: partial sums are made over one row of a tile.
-  const std::int64_t some_rows = min_of(grid_y, 4);
-  std::int64_t tiles_x = 1, columns = grid_x;
-  while (columns > 24 && !fits(some_rows, columns)) columns = round_up(ceil_div(grid_x, ++tiles_x), 12);
-  tiles_x = ceil_div(grid_x, columns);
-  std::int64_t rows = some_rows;
-  while (rows > 1 && !fits(rows, columns)) --rows;
-  while (rows < grid_y && fits(rows + 1, columns)) ++rows;
+  // The tile that copies least for what it computes. Its width must not depend on the number of threads: partial sums
+  // are made over one row of a tile.
+  std::int64_t rows = 1, columns = min_of(grid_x, 12);
+  double least = 1e30;
+  for (std::int64_t tiles = 1; tiles <= ceil_div(grid_x, 12); ++tiles) {
+    const std::int64_t w = min_of(grid_x, round_up(ceil_div(grid_x, tiles), 12));
+    const std::int64_t fit = (kTileBytes / (copied_columns(g, w) * pixel) - (g.high - g.low + 1)) / g.stride + 1;
+    const std::int64_t h = min_of(min_of(fit, grid_y), kTileBytes / unfinished(1, w));
+    if (h < 1) continue;
+    const double cost = static_cast<double>(copied(h, w)) / static_cast<double>(h * w);
+    if (cost < 0.97 * least) {  // wider tiles are better otherwise
+      least = cost;
+      rows = h;
+      columns = w;
+    }
+  }
+  const std::int64_t tiles_x = ceil_div(grid_x, columns);
   const std::int64_t wanted = ceil_div(4 * threads, c.n * tiles_x);  // tiles along y that give every thread four
   rows = max_of(1, min_of(rows, grid_y / wanted));
   rows = ceil_div(grid_y, ceil_div(grid_y, rows));
@@ -225,146 +276,180 @@ static inline Plan plan(const Conv& c, int threads) {
   p.own[kTilesX] = tiles_x;
   p.own[kSumsAt] = round_up(copied(rows, columns), 64);
   p.own[kSinksAt] = p.own[kSumsAt] + round_up(unfinished(rows, columns), 64);
+  p.own[kPlanesAt] = p.own[kSinksAt] + sink_count(out) * static_cast<std::int64_t>(sizeof(Sink));
   p.tasks = c.n * p.own[kTilesY] * p.own[kTilesX];
-  p.scratch = p.own[kSinksAt] + sink_count(s) * static_cast<std::int64_t>(sizeof(Sink));
+  p.scratch = p.own[kPlanesAt] + out.blocks * static_cast<std::int64_t>(sizeof(Plane));
   p.partials = grid_y * tiles_x;
   return p;
 }
 
-// A rectangle of the (repeated) input, in its coordinates; it may reach over the image's edges.
-struct Window {
-  std::int64_t y, x, rows, columns;
+// The copy of a tile's inputs. Its rows are made when they are first read.
+template <typename T>
+struct Copy {
+  std::int64_t n, y, x;  // where it begins in the (repeated) image; it may reach over the edges
+  std::int64_t rows, columns, needed;  // `needed` of the columns have values
+  std::int64_t made;                   // rows so far
+  std::int64_t row;  // elements
+  T* data;
+  const Plane* planes;
+  int plane_count;
 };
 
-FASTSR_INLINE void store_any(float* p, Vec v, Mask m) { store(p, v, m); }
+template <typename To, typename From>
+FASTSR_INLINE void convert(const From* from, To* to, std::int64_t count) {
+  if constexpr (sizeof(To) == sizeof(From)) {
+    std::memcpy(to, from, count * sizeof(To));
+  } else {
+    std::int64_t i = 0;
+    for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
+    if (i < count) store(to + i, load(from + i, first(static_cast<int>(count - i))), first(static_cast<int>(count - i)));
+  }
+}
 
-template <typename From, typename T>
-static inline void copy_source(const Shape& s, const Map& map, std::int64_t n, std::int64_t y, std::int64_t first,
-                               std::int64_t count, int repeat, const float* scale, const float* shift, T* to,
-                               std::int64_t channels) {
-  const From* row = reinterpret_cast<const From*>(map.data) + n * map.image + y / repeat * map.row;
-  const int width = map.channels;
-  for (std::int64_t x = 0; x < count; ++x) {
-    const From* from = row + (first + x) / repeat * map.pixel;
-    for (int i = 0; i < width; i += kLanes) {
-      const int lanes = width - i < kLanes ? width - i : kLanes;
-      const Mask m = fastsr::cpu::first(lanes);
-      Vec v = load(from + i, m);
-      if (s.has_pre) v = fma(v, load(scale + i), load(shift + i));
-      if (s.pre_relu) v = positive(v);
-      store(to + x * channels + i, v, m);
+// `width` channels of `count` pixels of one row, the first of them pixel x of the repeated image.
+template <bool kPre, typename From, typename To>
+static inline void copy_pixels(const Shape& s, const Geometry& g, const Map& map, const From* from, std::int64_t x,
+                               std::int64_t count, int width, const float* scale, const float* shift, To* to, int step) {
+  if (!kPre && g.repeat == 1 && map.pixel == width && step == width) {
+    return convert(from + x * map.pixel, to, count * width);
+  }
+  from += x / g.repeat * map.pixel;
+  std::int64_t repeated = x % g.repeat;
+  const int whole = width / kLanes * kLanes;
+  const Mask rest = first(width - whole);
+  auto prologue = [&](Vec v, int i) {
+    if (!kPre) return v;
+    if (s.has_pre) v = fma(v, load(scale + i), load(shift + i));
+    return s.pre_relu ? positive(v) : v;
+  };
+  for (; count > 0; --count, to += step) {
+    int i = 0;
+    for (; i < whole; i += kLanes) store(to + i, prologue(load(from + i), i));
+    if (whole < width) store(to + i, prologue(load(from + i, rest), i), rest);
+    if (++repeated == g.repeat) {
+      repeated = 0;
+      from += map.pixel;
     }
   }
 }
 
+template <typename From, typename To>
+FASTSR_INLINE void copy_source(const Conv& c, const Geometry& g, const Map& map, std::int64_t n, std::int64_t y,
+                               std::int64_t x, std::int64_t count, Range channels, const float* scale,
+                               const float* shift, To* to, int step) {
+  const From* from = reinterpret_cast<const From*>(map.data) + n * map.image + y / g.repeat * map.row + channels.begin;
+  const int width = channels.end - channels.begin;
+  if (c.shape.has_pre || c.shape.pre_relu) {
+    copy_pixels<true>(c.shape, g, map, from, x, count, width, scale, shift, to, step);
+  } else {
+    copy_pixels<false>(c.shape, g, map, from, x, count, width, scale, shift, to, step);
+  }
+}
+
+// Makes the next row of the copy.
 template <typename T>
-static inline void copy_window(const Conv& c, const Geometry& g, const Packed& p, std::int64_t n, const Window& w,
-                               T* to) {
+static inline void make_row(const Conv& c, const Geometry& g, const Packed& p, Copy<T>& copy) {
   const Shape& s = c.shape;
   const std::int64_t height = c.height * g.repeat, width = c.width * g.repeat;
-  const std::int64_t row = w.columns * g.channels;
-  const std::int64_t first = min_of(max_of(0, -w.x), w.columns);           // columns before the image
-  const std::int64_t end = max_of(first, min_of(w.columns, width - w.x));  // the first behind it
-  for (std::int64_t y = 0; y < w.rows; ++y, to += row) {
-    if (w.y + y < 0 || w.y + y >= height) {
-      std::memset(to, 0, row * sizeof(T));
-      continue;
-    }
-    std::memset(to, 0, first * g.channels * sizeof(T));
-    std::memset(to + end * g.channels, 0, (w.columns - end) * g.channels * sizeof(T));
-    T* inside = to + first * g.channels;
-    if (g.channels > s.cin) {
-      for (std::int64_t x = 0; x < end - first; ++x) inside[x * g.channels + s.cin] = 0;
-    }
-    int channel = 0;
+  T* to = copy.data + copy.made * copy.row;
+  const std::int64_t y = copy.y + copy.made++;
+  if (y < 0 || y >= height) {
+    std::memset(to, 0, copy.row * sizeof(T));
+    return;
+  }
+  const std::int64_t first = min_of(max_of(0, -copy.x), copy.needed);            // columns before the image
+  const std::int64_t end = max_of(first, min_of(copy.needed, width - copy.x));  // the first behind it
+  for (int k = 0; k < copy.plane_count; ++k) {
+    const Plane& plane = copy.planes[k];
+    T* start = to + copy.columns * plane.begin;
+    T* inside = start + first * plane.width;
+    std::memset(start, 0, first * plane.width * sizeof(T));
+    std::memset(start + end * plane.width, 0, (copy.columns - end) * plane.width * sizeof(T));
+    const int channels = plane.inputs.end - plane.inputs.begin;
+    for (std::int64_t i = 0; channels < plane.width && i < end - first; ++i) inside[i * plane.width + channels] = 0;
+    int begin = 0;  // of the source among all channels
     for (int i = 0; i < s.sources; ++i) {
       const Map& map = c.in[i];
-      const float *scale = p.pre_scale + channel, *shift = p.pre_shift + channel;
-      if (map.type == kFloat) {
-        copy_source<float>(s, map, n, w.y + y, w.x + first, end - first, g.repeat, scale, shift, inside + channel,
-                           g.channels);
-      } else {
-        copy_source<bf16>(s, map, n, w.y + y, w.x + first, end - first, g.repeat, scale, shift, inside + channel,
-                          g.channels);
+      const int from = static_cast<int>(max_of(plane.inputs.begin, begin));
+      const int until = static_cast<int>(min_of(plane.inputs.end, begin + map.channels));
+      if (from < until) {
+        const Range range = {from - begin, until - begin};
+        T* at = inside + (from - plane.inputs.begin);
+        if (map.type == kFloat) {
+          copy_source<float>(c, g, map, copy.n, y, copy.x + first, end - first, range, p.pre_scale + from,
+                             p.pre_shift + from, at, plane.width);
+        } else {
+          copy_source<bf16>(c, g, map, copy.n, y, copy.x + first, end - first, range, p.pre_scale + from,
+                            p.pre_shift + from, at, plane.width);
+        }
       }
-      channel += map.channels;
+      begin += map.channels;
     }
   }
 }
 
-// One panel of one phase over a tile.
+// What a panel of a phase needs to know.
+template <typename T>
 struct Job {
+  const Conv& c;
+  const Geometry& g;
+  const Packed& p;
+  Copy<T>& copy;
   std::int64_t y, x, rows, columns;  // of the grid
-  int phases, phase_y, phase_x;
-  std::int64_t valid_y, valid_x;  // of the tile's rows and columns, those that this phase has
   Axis tap_y, tap_x;
-  Range inputs;
-  int block;
+  const Plane& plane;
+  Panel panel;
   const Sink* sinks;
   int sink_begin, sink_end;
+  const T* weights;
   float* sums;
   float* partial;  // that of the tile's first row, or null
   std::int64_t partial_row;
 };
 
 template <int kBlocks, typename T>
-static inline void run_panel(const Geometry& g, const Job& job, const T* copy, std::int64_t copy_row,
-                             const T* weights) {
+static inline void run_panel(const Job<T>& job) {
   constexpr int kMost = kMostPixels<kBlocks>;
-  const int channels = job.inputs.end - job.inputs.begin;
-  // Runs of neighbouring taps are contiguous unless groups leave channels out.
-  const bool joined = channels == g.channels;
-  const std::int64_t a_row = copy_row;
-  const T* corner = copy + (job.tap_y.offset - g.low) * a_row +
-                    static_cast<std::int64_t>(job.tap_x.offset - g.low) * g.channels + job.inputs.begin;
-  const int taps_x = job.tap_x.taps, taps_y = taps_x > 0 ? job.tap_y.taps : 0;
-  Walk walk = {static_cast<std::int64_t>(g.stride) * g.channels, a_row, g.channels, 1, 1, 0};
-  const std::int64_t sums_row = (job.columns + kMost) * kBlocks * kLanes;
-  // Pieces: several rows of taps, or a part of one row.
-  const std::int64_t row_length = static_cast<std::int64_t>(taps_x) * channels;
-  const int rows_a_piece = taps_y == 0 ? 1 : static_cast<int>(max_of(1, min_of(taps_y, kPiece / max_of(row_length, 1))));
-  std::int64_t unit = joined ? row_length : taps_x;  // what a row is cut into: inputs, or runs
-  std::int64_t units_a_piece = unit;
-  if (row_length > kPiece) {
-    const std::int64_t pieces = ceil_div(row_length, kPiece);
-    units_a_piece = joined ? round_up(ceil_div(unit, pieces), 2) : ceil_div(unit, pieces);
-  }
-  int ty = 0;
-  std::int64_t u = 0;
-  bool first = true, last = false;
-  while (!last) {
-    const T* a = corner + ty * a_row + u * (joined ? 1 : g.channels);
-    const T* w = weights + ((ty * row_length) + u * (joined ? 1 : channels)) * kBlocks * kLanes;
-    const std::int64_t units = min_of(units_a_piece, unit - u);
-    walk.rows = taps_y == 0 ? 0 : static_cast<int>(min_of(rows_a_piece, taps_y - ty));
-    walk.runs = joined ? 1 : static_cast<int>(units);
-    walk.length = joined ? static_cast<int>(units) : channels;
-    u += units;
-    if (u >= unit) {
-      u = 0;
-      ty += walk.rows;
-      last = ty >= taps_y;
+  const Geometry& g = job.g;
+  Copy<T>& copy = job.copy;
+  const int width = job.plane.width;
+  const T* corner = copy.data + (job.tap_y.offset - g.low) * copy.row + copy.columns * job.plane.begin +
+                    static_cast<std::int64_t>(job.tap_x.offset - g.low) * width;
+  const std::int64_t length = static_cast<std::int64_t>(job.tap_x.taps) * width;
+  const int taps_y = job.tap_x.taps > 0 ? job.tap_y.taps : 0;
+  const std::int64_t sums_row = (job.columns + kStrip) * kBlocks * kLanes;
+  // A piece is several rows of taps, or a part of one.
+  const int rows_a_piece = length > 0 ? static_cast<int>(max_of(1, min_of(taps_y, kPiece / length))) : 1;
+  const std::int64_t part = length > kPiece ? round_up(ceil_div(length, ceil_div(length, kPiece)), 2) : length;
+  Walk walk = {static_cast<std::int64_t>(g.stride) * width, copy.row, 0, 0};
+  int tap = 0;             // the piece's first row
+  std::int64_t begin = 0;  // and its first input in there
+  for (bool first = true, last = false; !last; first = false) {
+    const T* a = corner + tap * copy.row + begin;
+    const T* w = job.weights + (tap * length + begin) * kBlocks * kLanes;
+    walk.rows = static_cast<int>(min_of(rows_a_piece, taps_y - tap));
+    walk.length = static_cast<int>(min_of(part, length - begin));
+    begin += part;
+    if (begin >= length) {
+      begin = 0;
+      tap += walk.rows;
+      last = tap >= taps_y;
     }
-    const bool whole = first && last;
-    for (std::int64_t y = 0; y < job.valid_y; ++y) {
-      for (std::int64_t x = 0; x < job.valid_x; x += kMost) {
-        const int pixels = static_cast<int>(min_of(kMost, job.valid_x - x));
-        float* sums = whole ? job.sums : job.sums + y * sums_row + x * kBlocks * kLanes;
-        sum_pixels<kBlocks>(pixels, a + y * g.stride * a_row + x * walk.pixel, walk, w, first, sums);
-        if (!last) continue;
-        for (int i = job.sink_begin; i < job.sink_end; ++i) {
-          const Sink& sink = job.sinks[i];
-          const float* from = sums + (sink.block - job.block) * kLanes;
-          if (job.partial != nullptr) {
-            finish_pixels<true>(sink, from, kBlocks * kLanes, pixels, job.y + y, job.x + x,
-                                job.partial + y * job.partial_row);
-          } else {
-            finish_pixels<false>(sink, from, kBlocks * kLanes, pixels, job.y + y, job.x + x, nullptr);
-          }
+    for (std::int64_t y = 0; y < job.rows; ++y) {
+      while (copy.made < min_of(copy.rows, copied_rows(g, y + 1))) make_row(job.c, g, job.p, copy);
+      for (std::int64_t strip = 0; strip < job.columns; strip += kStrip) {
+        const std::int64_t end = min_of(strip + kStrip, job.columns);
+        float* sums = first && last ? job.sums : job.sums + y * sums_row + strip * kBlocks * kLanes;
+        for (std::int64_t x = strip; x < end; x += kMost) {
+          sum_pixels<kBlocks>(static_cast<int>(min_of(kMost, end - x)), a + y * g.stride * copy.row + x * walk.pixel,
+                              walk, w, first, sums + (x - strip) * kBlocks * kLanes);
+        }
+        if (last) {
+          finish_panel(job.sinks, job.sink_begin, job.sink_end, job.panel, sums, static_cast<int>(end - strip),
+                       job.y + y, job.x + strip, job.partial == nullptr ? nullptr : job.partial + y * job.partial_row);
         }
       }
     }
-    first = false;
   }
 }
 
@@ -372,67 +457,57 @@ template <typename T>
 static inline void run_tile(const Conv& c, const Plan& plan, std::int64_t task, void* scratch) {
   const Shape& s = c.shape;
   const Geometry g = geometry(s);
-  const Packed p = unpack(s, reinterpret_cast<void*>(c.packed.data));
-  const std::int64_t grid_y = ceil_div(c.out_height, g.phases), grid_x = ceil_div(c.out_width, g.phases);
+  const Outputs out = outputs(s, g);
+  const Packed p = unpack(s, out, reinterpret_cast<void*>(c.packed.data));
+  char* memory = static_cast<char*>(scratch);
+  Sink* sinks = reinterpret_cast<Sink*>(memory + plan.own[kSinksAt]);
+  Plane* planes = reinterpret_cast<Plane*>(memory + plan.own[kPlanesAt]);
+  int plane_count = 0;
+  const int channels = for_planes(s, out, [&](const Plane& plane) { planes[plane_count++] = plane; });
+
   const std::int64_t tile_x = task % plan.own[kTilesX], tile_y = task / plan.own[kTilesX] % plan.own[kTilesY];
   const std::int64_t n = task / plan.own[kTilesX] / plan.own[kTilesY];
-  char* memory = static_cast<char*>(scratch);
-  T* copy = reinterpret_cast<T*>(memory);
-  Sink* sinks = reinterpret_cast<Sink*>(memory + plan.own[kSinksAt]);
+  const std::int64_t y = tile_y * plan.own[kTileRows], x = tile_x * plan.own[kTileColumns];
+  const std::int64_t rows = min_of(plan.own[kTileRows], ceil_div(c.out_height, g.phases) - y);
+  const std::int64_t columns = min_of(plan.own[kTileColumns], ceil_div(c.out_width, g.phases) - x);
+  Copy<T> copy = {n, y * g.stride + g.low, x * g.stride + g.low, copied_rows(g, rows), copied_columns(g, columns), copied_columns(g, columns) - g.spare * g.stride, 0,
+                  copied_columns(g, columns) * channels, reinterpret_cast<T*>(memory), planes, plane_count};
 
-  Job job;
-  job.y = tile_y * plan.own[kTileRows];
-  job.x = tile_x * plan.own[kTileColumns];
-  job.rows = min_of(plan.own[kTileRows], grid_y - job.y);
-  job.columns = min_of(plan.own[kTileColumns], grid_x - job.x);
-  job.sums = reinterpret_cast<float*>(memory + plan.own[kSumsAt]);
-  job.sinks = sinks;
-  job.partial = nullptr;
-  job.partial_row = c.partial.row;
+  float* partial = nullptr;
+  const std::int64_t partial_row = plan.own[kTilesX] * c.partial.row;
   if (c.partial.data != 0) {
-    job.partial = reinterpret_cast<float*>(c.partial.data) + n * c.partial.image +
-                  (job.y * plan.own[kTilesX] + tile_x) * c.partial.row;
-    job.partial_row *= plan.own[kTilesX];
-    for (std::int64_t y = 0; y < job.rows; ++y) {
-      std::memset(job.partial + y * job.partial_row, 0, block_count(s) * kBlock * 4);
-    }
+    partial = reinterpret_cast<float*>(c.partial.data) + n * c.partial.image + y * partial_row + tile_x * c.partial.row;
+    for (std::int64_t i = 0; i < rows; ++i) std::memset(partial + i * partial_row, 0, round_up(s.cout, kBlock) * 4);
   }
 
-  const std::int64_t halo = g.high - g.low;
-  const Window window = {job.y * g.stride + g.low, job.x * g.stride + g.low, (job.rows - 1) * g.stride + halo + 1,
-                         (job.columns + 14) * g.stride + halo + 1};
-  copy_window(c, g, p, n, window, copy);
-
   const T* weights = static_cast<const T*>(p.weights);
-  job.phases = g.phases;
-  for (int py = 0; py < g.phases; ++py) {
-    for (int px = 0; px < g.phases; ++px) {
-      job.tap_y = axis(s, py);
-      job.tap_x = axis(s, px);
-      job.valid_y = min_of(job.rows, ceil_div(max_of(0, c.out_height - py), g.phases) - job.y);
-      job.valid_x = min_of(job.columns, ceil_div(max_of(0, c.out_width - px), g.phases) - job.x);
-      const int count = make_sinks(c, n, g.phases, py, px, p.bias, p.slope, sinks);
-      job.sink_end = 0;
-      for (int block = 0; block < block_count(s);) {
-        const Panel panel = panel_at(s, block);
-        job.block = block;
-        job.inputs = panel_inputs(s, panel);
-        job.sink_begin = job.sink_end;
-        while (job.sink_end < count && sinks[job.sink_end].block < block + panel.blocks) ++job.sink_end;
-        const std::int64_t row = window.columns * g.channels;
+  for (int pass = 0; pass < passes(g) * passes(g); ++pass) {
+    const int py = pass / passes(g), px = pass % passes(g);
+    const Axis tap_y = axis(s, g, py), tap_x = axis(s, g, px);
+    const int sink_end = make_sinks(c, out, n, g.phases, py, px, p.bias, p.slope, sinks);
+    int sink = 0;
+    for (int k = 0; k < plane_count; ++k) {
+      for (int block = planes[k].first_block; block < planes[k].end_block;) {
+        const Panel panel = panel_at(block, planes[k].first_block, planes[k].end_block);
+        Job<T> job = {c,      g,     p,        copy,  y,     x,    rows,    columns,
+                      tap_y,  tap_x, planes[k], panel, sinks, sink, sink,    weights,
+                      reinterpret_cast<float*>(memory + plan.own[kSumsAt]), partial, partial_row};
+        while (job.sink_end < sink_end && sinks[job.sink_end].block < block + panel.blocks) ++job.sink_end;
         switch (panel.blocks) {
 #if defined(__AVX512F__)
-          case 4: run_panel<4>(g, job, copy, row, weights); break;
-          case 3: run_panel<3>(g, job, copy, row, weights); break;
-          case 2: run_panel<2>(g, job, copy, row, weights); break;
+          case 4: run_panel<4>(job); break;
+          case 3: run_panel<3>(job); break;
+          case 2: run_panel<2>(job); break;
 #endif
-          default: run_panel<1>(g, job, copy, row, weights);
+          default: run_panel<1>(job);
         }
-        weights += panel_elements(panel, job.inputs, job.tap_y, job.tap_x);
+        sink = job.sink_end;
+        weights += weight_count(planes[k], panel.blocks, tap_y, tap_x);
         block += panel.blocks;
       }
     }
   }
+  end_stream();
 }
 
 static inline void run(const Conv& c, const Plan& plan, std::int64_t task, void* scratch) {
