@@ -70,7 +70,7 @@ static inline Layer make_layer(const Shape& s, int taps) {
     aligned = aligned && begin == l.origin;
     l.origin = begin < l.origin ? begin : l.origin;
   }
-  l.width = phase_width(s);
+  l.width = s.cout / (s.shuffle * s.shuffle);
   // A block of sixteen may hold the ends of several planes if they share the tile's origin.
   l.spacing = aligned ? l.width : static_cast<int>(round_up(l.width, kBlock));
   l.outputs = static_cast<int>(round_up(l.phases * l.phases * s.shuffle * s.shuffle * l.spacing, kBlock));
