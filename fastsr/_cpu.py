@@ -31,6 +31,7 @@ from torch import Tensor
 
 from fastsr import _library, packing, recipes
 from fastsr.op import Op, _replace, _tensors, describe
+from fastsr.ops.resize_bicubic import centred_taps, tf1_taps
 from fastsr.recipes import Recipe, View
 
 MAX_SOURCES = 24
@@ -206,6 +207,22 @@ class Runner:
         recipe = _recipe(self.op, _replace(args, [t.detach() for t in _tensors(args)]))
         weighty = [step for step in recipe.steps if isinstance(step, (recipes.Conv, recipes.Gate))]
         return [_pack(step, shape) for step, shape in zip(weighty, program.shapes, strict=True)]
+
+
+def resize_reason(x: Tensor, *rest: Any) -> str | None:
+    """As `reason`, for `resize_bicubic`, which is no list of convolutions."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device}; this backend computes on the CPU"
+    return None if x.dtype in TYPES and x.numel() > 0 else f"x={describe(x)} (needs pixels of float32 or bfloat16)"
+
+
+def resize(x: Tensor, height: int, width: int, scale_y: float, scale_x: float, method: str) -> Callable[..., None]:
+    """What `Backend.prepare` returns for `resize_bicubic`."""
+    taps = centred_taps if method == "matlab" else tf1_taps
+    axes = (taps(x.shape[2], height, scale_y), taps(x.shape[3], width, scale_x))
+    tables = [t for at, weights in axes for t in (torch.from_numpy(at), torch.from_numpy(weights).float())]
+    run = torch.ops.fastsr_cpu.resize.default
+    return lambda out, x, *rest: run(out, x, *tables)
 
 
 def _shadow(t: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from fastsr import _cpu, _triton, ops  # noqa: F401  (registers the operators)
+from fastsr import _cpu, _triton, ops
 from fastsr.op import OPS, Backend
 
 for op in OPS.values():
@@ -15,4 +15,6 @@ for op in OPS.values():
     }
     if op.recipe_of is not None:
         found["cpu"] = Backend(partial(_cpu.reason, op), missing=_cpu.missing, prepare=partial(_cpu.Runner, op))
+    elif op is ops.resize_bicubic:
+        found["cpu"] = Backend(_cpu.resize_reason, missing=_cpu.missing, prepare=_cpu.resize)
     op.backends(**found)
