@@ -54,13 +54,14 @@ class Session:
         if self.path is not None:
             results.append(rows, self.path)
 
-    def done(self, kind: str, name: str, sample: str, engine: str, threads: int) -> bool:
-        """Whether --resume was given and this commit has such a row."""
+    def done(self, kind: str, name: str, sample: str, threads: int, engine: str | None = None) -> bool:
+        """Whether --resume was given and this commit has such a row, of any engine if None: a race is written whole."""
         if not self.config.getoption("resume") or self.path is None or not self.path.exists():
             return False
         if self._done is None:
             rows = results.read(self.path)
-            self._done = {(*row.case, row.engine) for row in rows if row.commit == results.commit()}
+            mine = [row for row in rows if row.commit == results.commit()]
+            self._done = {(*row.case, engine) for row in mine for engine in (row.engine, None)}
         return (kind, name, sample, threads, engine) in self._done
 
     def race(self, key: tuple, plan: str, make: Callable[[], Subject], peers: list[str], **options) -> Outcomes:
@@ -121,7 +122,7 @@ def show(request):
     racing = [name for name in PEERS if name in racing or name == "eager"]
 
     def run(key, plan, make, peer, **options):
-        if session.done(*key[:3], peer, torch.get_num_threads()):
+        if session.done(*key[:3], torch.get_num_threads()):
             pytest.skip(f"measured at this commit already: {' '.join(map(str, key))}")
         outcomes = session.race(key, plan, make, racing, **options)
         if peer in outcomes.failed:
@@ -143,7 +144,7 @@ def show(request):
 def measured_ceilings(request):
     """Every run begins with the machine's ceilings, and they stand beside its rows."""
     session = session_of(request.config)
-    if session.path is None or session.done("ceiling", "machine", "", "torch", torch.get_num_threads()):
+    if session.path is None or session.done("ceiling", "machine", "", torch.get_num_threads()):
         return
     found = ceilings.measure("cuda" if torch.cuda.is_available() else "cpu", 0.1 if session.quick else ceilings.SECONDS)
     session.write(results.new(results.now(), "ceiling", "machine", "", "torch", extra=found))

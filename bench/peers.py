@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 
 import fastsr
-from fastsr import packing
 from fastsr.train.trainer import PlainOperators
 
 Result = Callable[[], Tensor]
@@ -261,6 +260,8 @@ def optimized(dtype: torch.dtype, subject: Subject) -> Call:
 def backend(name: str, dtype: torch.dtype, subject: Subject) -> Result:
     """An operator forced onto one backend, its parameters frozen and its maps channels-last: as an optimized network
     calls it. On a CPU bfloat16 is the mode of `fastsr.optimize`: bfloat16 products of float32 parameters and maps."""
+    from fastsr import packing  # here, so that older commits can be compared
+
     forced = copy.deepcopy(subject.module)
     inputs = tuple(x.to(memory_format=torch.channels_last) for x in subject.inputs)
     if subject.device.type == "cpu":

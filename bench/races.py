@@ -8,7 +8,6 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ class Outcomes:
     times: dict[str, timing.Times] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
+    pixels: int = 0  # of the result
 
 
 def exact(subject: Subject) -> Tensor:
@@ -98,6 +98,7 @@ def prepare(
             continue
         runs[name] = run
         accuracy[name] = {"error": error, "psnr_db": psnr(result, truth)}
+        outcomes.pixels = math.prod(result.shape[-2:])
     return runs, accuracy
 
 
@@ -111,7 +112,6 @@ def hold(
     plan: timing.Plan,
     *,
     against_float64: bool = True,
-    extra: dict[str, Any] | None = None,
 ) -> Outcomes:
     """Races peers over what `make` returns. Rows hold the work of the convolutions and the accuracy, and are not yet
     written anywhere. A budget of 0 times nothing: the rows then hold the accuracy alone."""
@@ -129,7 +129,7 @@ def hold(
     for peer in runs:
         row = results.new(
             began, kind, name, sample, peer, gflop=work.gflop(found),
-            floor_gflop=work.floor_gflop(found, PEERS[peer].dtype), extra=dict(extra or {}),
+            floor_gflop=work.floor_gflop(found, PEERS[peer].dtype), extra={"pixels": outcomes.pixels},
             **(accuracy[peer] if against_float64 else {}),
         )  # fmt: skip
         if peer in outcomes.times:

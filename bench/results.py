@@ -25,6 +25,7 @@ from fastsr.info import _model_name
 
 RESULTS = ROOT / "bench" / "results"
 MEASURED = ("fastsr", "csrc", "kernels", "setup.py")  # what a commit's speed depends on
+RACED = ("network", "operator", "accuracy")  # kinds whose engines take turns
 PACKAGES = ("torch", "onnxruntime", "openvino", "ncnn", "numpy")
 
 
@@ -168,9 +169,13 @@ def _value(column: str, text: str) -> Any:
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:
-    """Of every case the rows of its last race. A case that is raced again replaces the earlier race whole, so that no
-    ratio is taken of two races."""
+    """Of every case the rows of its last race; of what is measured one by one, the last of each engine. A case that is
+    raced again replaces the earlier race whole, so that no ratio is taken of two races."""
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return (*row.case, "" if row.kind in RACED else row.engine)
+
     last: dict[Any, str] = {}
     for row in rows:
-        last[row.case] = max(last.get(row.case, ""), row.race)
-    return [row for row in rows if row.race == last[row.case]]
+        last[key(row)] = max(last.get(key(row), ""), row.race)
+    return [row for row in rows if row.race == last[key(row)]]

@@ -43,7 +43,7 @@ def probe(request):
     session = session_of(request.config)
 
     def run(kind: str, name: str, sample: str, engine: str, *arguments: str) -> None:
-        if session.done(kind, name, sample, engine, torch.get_num_threads()):
+        if session.done(kind, name, sample, torch.get_num_threads(), engine):
             pytest.skip(f"measured at this commit already: {kind} {name} {sample} {engine}")
         if engine in {p.name for p in RIVALS} and engine != "eager":
             pytest.importorskip(engine.partition("-")[0])

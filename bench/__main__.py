@@ -1,0 +1,81 @@
+"""`python -m bench report` draws what was measured; `python -m bench compare --base REV` measures against a commit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import results, timing
+from bench.compare import compare, resolve
+from bench.goals import verdicts
+from bench.networks import CASES, ROOT
+from bench.peers import OURS
+from bench.report import write
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+    report = commands.add_parser("report", help="an HTML page and charts from results")
+    report.add_argument("files", nargs="*", type=Path, help="CSV, or JSON of --benchmark-json; default: this machine's")
+    report.add_argument("--to", type=Path, default=ROOT / "out" / "bench", help="folder for the page and the charts")
+    report.add_argument("--base", metavar="REV", help="a column: speed over the rows that this commit has")
+    report.add_argument("--readme", action="store_true", help="write README's table too")
+    change = commands.add_parser("compare", help="networks at an earlier commit and now, in turns")
+    change.add_argument("--base", metavar="REV", required=True, help="commit, branch or tag to compare with")
+    change.add_argument("-n", "--network", action="append", choices=CASES, help="several are possible; default: all")
+    change.add_argument(
+        "-s", "--size", action="append", type=int, help="of the small image; default: that of the goals"
+    )
+    change.add_argument("-p", "--peer", action="append", choices=[p.name for p in OURS], help="default: fastsr-f32")
+    change.add_argument("--seconds", type=float, default=20.0, help="for each network, size and peer; default: 20")
+    return top
+
+
+def rows_at(rows: Sequence[results.Row], commit: str) -> list[results.Row]:
+    """The rows that a commit, given by its full hash, was measured with. Raises ValueError if there are none."""
+    found = [r for r in rows if commit.startswith(r.commit)]
+    if not found:
+        raise ValueError(f"--base: no rows of {commit[:10]}; `python -m bench compare --base` measures it")
+    return found
+
+
+def report(args: argparse.Namespace) -> None:
+    """Writes the page and prints where it is and how many goals are met."""
+    rows = [row for path in args.files or [results.path_of()] for row in results.read(path)]
+    base = rows_at(rows, resolve(args.base)) if args.base else []
+    path = write(rows, args.to, base, args.base or "", args.readme)
+    found = verdicts(results.latest(rows))
+    print(f"{path}: {sum(v.met is True for v in found)} of {len(found)} goals met, "
+          f"{sum(v.met is None for v in found)} not measured")  # fmt: skip
+    for v in found:
+        if v.met is False:
+            print(f"  missed: {v.goal}: wanted {v.wanted}, measured {v.measured}")
+
+
+def change(args: argparse.Namespace) -> None:
+    """Prints a line a case as it is measured."""
+    print(f"{'network':12} {'size':>5} {'engine':14} {'before, ms':>11} {'now, ms':>9} {'speed-up':>9}   20 to 80 %")
+    plan = timing.Plan(5, 200, args.seconds)
+    for c in compare(args.base, args.network or [*CASES], args.size or [], args.peer or ["fastsr-f32"], plan):
+        low, high = c.spread
+        print(f"{c.name:12} {c.size:5} {c.peer:14} {c.before.median * 1e3:11.1f} {c.now.median * 1e3:9.1f} "
+              f"{c.speedup:8.2f}x   {low:.2f} to {high:.2f}", flush=True)  # fmt: skip
+
+
+def main() -> int:
+    """Runs a command; a ValueError, FileNotFoundError or RuntimeError is a message on stderr and the status 1."""
+    args = parser().parse_args()
+    try:
+        {"report": report, "compare": change}[args.command](args)
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        print(f"python -m bench {args.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
