@@ -72,6 +72,12 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
     return ((result.double() - expected).abs().max() / expected.square().mean().sqrt()).item()
 
 
+def rms_error(result: Tensor, expected: Tensor) -> float:
+    """The root mean square of the error over that of what was expected. NaN if either holds one."""
+    expected = expected.double()
+    return ((result.double() - expected).square().mean() / expected.square().mean()).sqrt().item()
+
+
 def require_backend(name: str) -> None:
     """Skips, with the reason, where no operator can use this backend."""
     reasons = [op.available()[name] for op in OPS.values()]

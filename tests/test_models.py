@@ -66,6 +66,8 @@ def limit(case: Case, key: str, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize("name", [n for n in parity_names() if n not in PROCEDURES])
 def test_parity(name, dtype, backend):
+    if dtype == torch.float64 and backend != "eager":
+        pytest.skip("kernels compute in float32 and below")
     case = parity_case(name)
     model = fastsr.load(case.state_dict(), dtype=dtype, **hints(case))
     with torch.inference_mode():

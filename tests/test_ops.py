@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from conftest import BACKENDS, relative_error, require_backend
+from conftest import BACKENDS, relative_error, require_backend, rms_error
 from fastsr import recipes, use
 from fastsr.op import OPS, _replace, _tensors
 
 SMALL = 2000  # elements of all tensors of a sample up to which gradcheck is affordable
-FLOORS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 1e-2}
+FLOORS = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}  # a convolution, Winograd's share included
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
@@ -40,6 +40,11 @@ def size(sample) -> int:
 
 def results(value):
     return value if isinstance(value, tuple) else (value,)
+
+
+def convolutions(op, sample) -> int:
+    """How many follow each other in an operator, at most."""
+    return 1 if op.recipe_of is None else len(op.recipe_of(*op._bind(sample)).steps)
 
 
 CASES = [(name, i) for name in OPS for i in range(len(samples(name)))]
@@ -70,7 +75,7 @@ def test_forward_is_the_definition(backend, layout, dtype):
         promised = results(op._alloc(*op._bind(sample)))
         for m, p, e, a in zip(made, plain, exact, promised, strict=True):
             assert (m.dtype, m.stride(), m.shape) == (a.dtype, a.stride(), a.shape), (name, i)
-            assert relative_error(m, e) <= 2 * relative_error(p, e) + FLOORS[dtype], (name, i)
+            assert rms_error(m, e) <= 2 * rms_error(p, e) + FLOORS[dtype] * convolutions(op, sample), (name, i)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
