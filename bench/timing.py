@@ -85,6 +85,7 @@ def race(
     order = list(contenders)
     began = time.perf_counter()
     collecting = gc.isenabled()
+    gc.collect()
     gc.disable()
     try:
         for done in range(plan.most):
@@ -97,7 +98,6 @@ def race(
                 last[name] = clock(repeated(contenders[name], counts[name])) / counts[name]
                 found[name].append(last[name])
             order = order[1:] + order[:1]
-            gc.collect()
     finally:
         if collecting:
             gc.enable()
