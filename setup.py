@@ -1,12 +1,16 @@
-"""Builds csrc/ into fastsr/_C.so; everything else about the package is in pyproject.toml.
+"""Builds csrc/ into fastsr/_C.so and fastsr/_cuda.so; everything else about the package is in pyproject.toml.
 
-The library uses the LibTorch stable ABI only, so one build serves every torch from 2.11 on and every Python: it carries
-no Python tag, and torch is needed for its headers alone. Without a C++ compiler, or without torch in the target
-environment, the package installs as Python only, says so, and every operator runs its eager definition.
+The libraries use the LibTorch stable ABI only, so one build serves every torch from 2.11 on and every Python: they
+carry no Python tag, and torch is needed for its headers alone, so that a torch without CUDA will do. Without a C++
+compiler, or without torch in the target environment, the package installs as Python only, says so, and every operator
+runs its eager definition. Without nvcc it installs without the CUDA kernels, and says that.
 
 FASTSR_BUILD=0   install Python only
 CXX=...          the compiler (default: the first of g++, clang++, c++ on PATH)
 TORCH_DIR=...    the folder of the torch package to take headers from
+FASTSR_CUDA=0|1  leave the CUDA kernels out, or insist on them (default: they are built if nvcc is found)
+CUDACXX=...      nvcc (default: that of CUDA_HOME, on PATH, or in /usr/local/cuda)
+FASTSR_CUDA_ARCHS=80;90a   GPU architectures; others run from the first one's PTX, compiled when it is first used
 
 A file is compiled for the instruction set that the end of its name says (LEVELS); every other file must run anywhere.
 """
@@ -45,6 +49,11 @@ KERNEL = [
 LEVELS = {"_avx2": AVX2 + KERNEL, "_avx512": AVX512 + KERNEL, "_avx512_bf16": [*AVX512, "-mavx512bf16", *KERNEL]}
 
 
+CUDA_ARCHS = "80;90a"
+CUDA_LIBRARY = "fastsr._cuda"
+NVCC_FLAGS = ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+
+
 def find_torch() -> Path | None:
     """Folder of the torch installed where fastsr is going to be, found without importing it.
 
@@ -63,6 +72,54 @@ def find_torch() -> Path | None:
 def find_compiler() -> list[str] | None:
     names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "c++"]
     return next((shlex.split(name) for name in names if shutil.which(shlex.split(name)[0])), None)
+
+
+def find_nvcc() -> str | None:
+    candidates = [os.environ.get("CUDACXX"), shutil.which("nvcc"), "/usr/local/cuda/bin/nvcc"]
+    if os.environ.get("CUDA_HOME"):
+        candidates.insert(1, os.path.join(os.environ["CUDA_HOME"], "bin", "nvcc"))
+    return next((name for name in candidates if name and shutil.which(name)), None)
+
+
+def find_cudart(nvcc: str) -> Path | None:
+    """Folder of the static CUDA runtime. nvcc is asked, as it may be a script that starts another."""
+    said = subprocess.run([nvcc, "-dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    tops = [line.partition("=")[2].strip() for line in said.splitlines() if line.startswith("#$ TOP=")]
+    folders = [Path(top, lib) for top in tops for lib in ("lib64", "lib", "targets/x86_64-linux/lib")]
+    return next((folder for folder in folders if (folder / "libcudart_static.a").is_file()), None)
+
+
+def no_cuda_because() -> str | None:
+    """Why csrc/cuda is not compiled here; None when it is. Raises SystemExit when it has to be."""
+    wanted = os.environ.get("FASTSR_CUDA", "")
+    if wanted == "0":
+        return "FASTSR_CUDA=0"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        reason = "no nvcc was found (set CUDACXX or CUDA_HOME)"
+    elif find_cudart(nvcc) is None:
+        reason = f"{nvcc} comes without libcudart_static.a"
+    else:
+        return None
+    if wanted == "1":
+        raise SystemExit(f"fastsr: FASTSR_CUDA=1, but {reason}")
+    return reason
+
+
+def cuda_archs() -> list[str]:
+    return os.environ.get("FASTSR_CUDA_ARCHS", CUDA_ARCHS).replace(",", ";").split(";")
+
+
+def gencodes(source: str) -> list[str]:
+    """The targets of a CUDA file: Hopper's own instructions exist for 90a alone. The first brings its PTX along."""
+    archs = [a for a in cuda_archs() if a == "90a" or not Path(source).stem.endswith("_sm90")]
+    codes = {a: f"[sm_{a},compute_{a}]" if a == archs[0] and a.isdigit() else f"sm_{a}" for a in archs}
+    return [f"-gencode=arch=compute_{a},code={codes[a]}" for a in archs]
+
+
+def cuda_sources() -> list[str]:
+    files = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cuda").rglob("*") if p.suffix in (".cu", ".cpp"))
+    return [source for source in files if not source.endswith(".cu") or gencodes(source)]
 
 
 def level_flags(source: str) -> list[str] | None:
@@ -118,12 +175,20 @@ class BuildLibrary(build_ext):
         compile_ = [*cxx, *FLAGS, *prefixes, *includes]
         # Named explicitly because torch's own libraries are loaded privately, out of reach for an unlinked symbol.
         libraries = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu"]
+        hopper = ["-DFASTSR_SM90"] if "90a" in cuda_archs() else []
+        nvcc = [find_nvcc(), *NVCC_FLAGS, *hopper, f"-I{ROOT / 'csrc'}"]
+        if ext.name == CUDA_LIBRARY:
+            compile_ += hopper
+            # torch brings libtorch_cuda along where it exists; the stream is asked of that.
+            libraries += ["-ltorch", "-Wl,--as-needed", f"-L{find_cudart(str(nvcc[0]))}"]
+            libraries += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 
         commands = {}  # object -> (source, what compiles it)
         # Files for any processor come first: of two copies of one inline function the linker takes the first.
         for source in sorted(ext.sources, key=lambda s: (level_flags(s) is not None, s)):
             target = objects / (source.replace("/", "_") + ".o")
-            commands[target] = ROOT / source, [*compile_, *(level_flags(source) or [])]
+            words = [*nvcc, *gencodes(source)] if source.endswith(".cu") else [*compile_, *(level_flags(source) or [])]
+            commands[target] = ROOT / source, words
         fresh = library.with_name(f".{library.name}.{os.getpid()}")
         link = [*cxx, "-shared", "-o", str(fresh), *map(str, commands), *libraries]
         try:
@@ -140,7 +205,8 @@ class BuildLibrary(build_ext):
         except subprocess.CalledProcessError as error:
             raise SystemExit(
                 f"fastsr: compiling csrc/ failed ({error}).\n"
-                "With FASTSR_BUILD=0 in the environment it installs without compiled operators."
+                "With FASTSR_BUILD=0 in the environment it installs without compiled operators, with FASTSR_CUDA=0 "
+                "without those for CUDA."
             ) from error
         finally:
             fresh.unlink(missing_ok=True)
@@ -176,9 +242,16 @@ if reason is not None:
 sources = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc" / "cpu").rglob("*.cpp"))
 if platform.machine().lower() not in ("x86_64", "amd64"):  # the library then says that it has no kernels
     sources = [source for source in sources if level_flags(source) is None]
+extensions = [Extension("fastsr._C", sources)]
+if reason is None:
+    no_cuda = no_cuda_because()
+    if no_cuda is None:
+        extensions.append(Extension(CUDA_LIBRARY, cuda_sources()))
+    else:
+        print(f"fastsr: leaving out the CUDA kernels: {no_cuda}", file=sys.stderr)
 setup(
     packages=[*find_packages(include=["fastsr", "fastsr.*"]), "fastsr.kernels"],
     package_dir={"fastsr.kernels": "kernels"},  # a top-level `kernels` would shadow the published package of that name
-    ext_modules=[] if reason is not None else [Extension("fastsr._C", sources)],
+    ext_modules=[] if reason is not None else extensions,
     cmdclass={"build_ext": BuildLibrary, "bdist_wheel": Wheel},
 )
