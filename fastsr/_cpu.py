@@ -179,6 +179,9 @@ class Runner:
     def __init__(self, op: Op[..., Any], *args: Any) -> None:
         self.op = op
         self.args = _replace(args, [_shadow(t) for t in _tensors(args)])
+        self.places = [
+            (i, not isinstance(a, Tensor)) for i, a in enumerate(args) if isinstance(a, (Tensor, list, tuple))
+        ]
         self.programs: dict[str, Program] = {}
         program = self._program("float32")
         self.images, self.parameters = program.images, program.parameters
@@ -192,7 +195,9 @@ class Runner:
 
     def tensors(self, out: Tensor, *args: Any) -> tuple[list[Tensor], Program]:
         """What a program reads and writes, by slot, and the program."""
-        given = _tensors(args)
+        given: list[Tensor] = []
+        for place, several in self.places:
+            given.extend(args[place]) if several else given.append(args[place])
         parameters = [given[i] for i in self.parameters]
         program = self._program(packing.products(parameters[0]) or "float32")
         packed = packing.kept(program.key, parameters, lambda: self._pack(program, args))

@@ -23,7 +23,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
@@ -91,7 +91,9 @@ class _Plan:
     name: str
     run: Callable[..., None] | None  # None: the eager definition
     refused: dict[str, str]
-    results: tuple[_Spec, ...] = field(default=())
+    results: tuple[_Spec, ...]
+    several: bool  # results, which are a tuple then
+    device: torch.device
 
 
 @contextlib.contextmanager
@@ -371,14 +373,13 @@ class Op(Generic[P, R]):
                 refused[candidate] = against
         chosen = self._backends.get(name)
         run = None if chosen is None else chosen.prepare(*args) if chosen.prepare is not None else chosen.run
-        return _Plan(name, run, refused, self._results(args))
-
-    def _results(self, args: tuple[Any, ...]) -> tuple[_Spec, ...]:
-        """What `alloc` makes of these arguments, learnt on the meta device."""
-        shadows = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in _tensors(args)]
+        tensors = _tensors(args)
+        # What `alloc` makes of these arguments, learnt on the meta device.
+        shadows = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta") for t in tensors]
         made = self._allocate(_replace(args, shadows))
-        made = made if isinstance(made, tuple) else (made,)
-        return tuple(_Spec(tuple(m.shape), m.stride(), m.dtype) for m in made)
+        several = isinstance(made, tuple)
+        results = tuple(_Spec(tuple(m.shape), m.stride(), m.dtype) for m in (made if several else (made,)))
+        return _Plan(name, run, refused, results, several, tensors[0].device)
 
     def _allocate(self, args: tuple[Any, ...]) -> Any:
         if self._alloc is None:
@@ -403,7 +404,8 @@ class Op(Generic[P, R]):
             if isinstance(result, tuple):
                 return tuple(_conform(r, s) for r, s in zip(result, plan.results, strict=True))
             return _conform(result, plan.results[0])
-        out = self._allocate(bound)
+        made = tuple(torch.empty_strided(r.shape, r.stride, dtype=r.dtype, device=plan.device) for r in plan.results)
+        out: Any = made if plan.several else made[0]
         plan.run(out, *bound)
         return out
 

@@ -241,5 +241,5 @@ def test_explain_lists_the_calls_of_a_whole_network():
     assert sum(c.op == "residual_e" for c in calls) == 9 and len({c.backend for c in calls}) == 1
     with fastsr.use("eager"):
         assert {c.backend for c in fastsr.explain(model, torch.rand(1, 3, 8, 8))} == {"eager"}
-    with fastsr.use("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' rejected: no cuda kernel"):
+    with fastsr.use("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' rejected: "):
         model(torch.rand(1, 3, 8, 8))
