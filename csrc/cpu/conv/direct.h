@@ -286,7 +286,8 @@ static inline Plan plan(const Conv& c, int threads) {
 // The copy of a tile's inputs. Its rows are made when they are first read.
 template <typename T>
 struct Copy {
-  std::int64_t n, y, x;  // where it begins in the (repeated) image; it may reach over the edges
+  std::int64_t n, height, width;  // the (repeated) image
+  std::int64_t y, x;              // where it begins there; it may reach over the edges
   std::int64_t rows, columns, needed;  // `needed` of the columns have values
   std::int64_t made;                   // rows so far
   std::int64_t row;  // elements
@@ -350,15 +351,14 @@ FASTSR_INLINE void copy_source(const Conv& c, const Geometry& g, const Map& map,
 template <typename T>
 static inline void make_row(const Conv& c, const Geometry& g, const Packed& p, Copy<T>& copy) {
   const Shape& s = c.shape;
-  const std::int64_t height = c.height * g.repeat, width = c.width * g.repeat;
   T* to = copy.data + copy.made * copy.row;
   const std::int64_t y = copy.y + copy.made++;
-  if (y < 0 || y >= height) {
+  if (y < 0 || y >= copy.height) {
     std::memset(to, 0, copy.row * sizeof(T));
     return;
   }
   const std::int64_t first = min_of(max_of(0, -copy.x), copy.needed);            // columns before the image
-  const std::int64_t end = max_of(first, min_of(copy.needed, width - copy.x));  // the first behind it
+  const std::int64_t end = max_of(first, min_of(copy.needed, copy.width - copy.x));  // the first behind it
   for (int k = 0; k < copy.plane_count; ++k) {
     const Plane& plane = copy.planes[k];
     T* start = to + copy.columns * plane.begin;
@@ -470,7 +470,7 @@ static inline void run_tile(const Conv& c, const Plan& plan, std::int64_t task, 
   const std::int64_t y = tile_y * plan.own[kTileRows], x = tile_x * plan.own[kTileColumns];
   const std::int64_t rows = min_of(plan.own[kTileRows], ceil_div(c.out_height, g.phases) - y);
   const std::int64_t columns = min_of(plan.own[kTileColumns], ceil_div(c.out_width, g.phases) - x);
-  Copy<T> copy = {n, y * g.stride + g.low, x * g.stride + g.low, copied_rows(g, rows), copied_columns(g, columns), copied_columns(g, columns) - g.spare * g.stride, 0,
+  Copy<T> copy = {n, c.height * g.repeat, c.width * g.repeat, y * g.stride + g.low, x * g.stride + g.low, copied_rows(g, rows), copied_columns(g, columns), copied_columns(g, columns) - g.spare * g.stride, 0,
                   copied_columns(g, columns) * channels, reinterpret_cast<T*>(memory), planes, plane_count};
 
   float* partial = nullptr;
