@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fastsr
-from fastsr import _library
+from fastsr import _cuda_engine, _library
 from fastsr.checkpoints.normal import plain
 from fastsr.models import Network
 from fastsr.op import OPS
@@ -26,6 +26,8 @@ DECIDERS = {
     "definition": "fixed by the network's definition",
 }
 """What the values of `Origin.fields` mean."""
+
+LIBRARIES = {"_C.so": _library.load, "_cuda.so": _cuda_engine.load}
 
 
 def describe(network: Network) -> dict[str, Any]:
@@ -57,8 +59,8 @@ def info() -> str:
     """The report as text, a line or a few per part. It only looks: nothing is compiled, downloaded or run."""
     lines = [f"{name:<10} {version}" for name, version in _versions()]
     lines += ["", f"{'cpu':<10} {_processor()}, {torch.get_num_threads()} threads", *_devices(), ""]
-    missing = _library.load()
-    lines += [f"{'_C.so':<10} {'loaded' if missing is None else missing}", "", "operators and their backends:"]
+    lines += [f"{name:<10} {load() or 'loaded'}" for name, load in LIBRARIES.items()]
+    lines += ["", "operators and their backends, in the order in which they are asked:"]
     width = max(map(len, OPS), default=0)
     for name in sorted(OPS):
         backends = OPS[name].available()

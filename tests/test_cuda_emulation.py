@@ -14,6 +14,7 @@ import torch
 
 import emulated
 from conftest import relative_error
+from cuda_cases import CONVOLUTIONS, FLOOR, convolution, maker
 from emulated import FAULTS, Emulated, KernelError
 from fastsr import _cuda_engine, _cuda_forms
 from fastsr._cuda_forms import SM80, SM90, Geometry, lower
@@ -23,23 +24,6 @@ from fastsr.ops.conv_act import _defaults, conv_act
 pytestmark = pytest.mark.emu
 
 CAPABILITIES = {"sm80": (8, 0), "sm90": (9, 0)}
-FLOOR = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # as tests/test_ops.py has it
-
-
-def maker(dtype=torch.bfloat16, layout=torch.channels_last, seed=0):
-    """`make(*shape)`: normal values, 4-D tensors in the layout, weights scaled so that results stay near one."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def make(*shape: int) -> torch.Tensor:
-        t = torch.randn(shape, generator=generator)
-        if len(shape) == 4:
-            t = t / max(1.0, (shape[1] * shape[2] * shape[3]) ** 0.5) if shape[2] == shape[3] else t
-            t = t.to(memory_format=layout)
-        return t.to(dtype)
-
-    return make
-
-
 make = maker()
 
 
@@ -67,68 +51,24 @@ def test_operators(name, arch):
             compare(op, sample, CAPABILITIES[arch])
 
 
-def conv(inputs, weight, **changed):
-    return [make(*s) for s in inputs], make(*weight), *_defaults(**changed)
-
-
-PADDED = {"padding": 1}
-CONVOLUTIONS = {
-    "rcan": lambda: conv([(1, 64, 20, 21)], (64, 64, 3, 3), bias=make(64), act="relu", **PADDED),
-    "several tiles": lambda: conv([(2, 64, 33, 18)], (64, 64, 3, 3), bias=make(64), act="leaky", slope=0.2, **PADDED),
-    "one pixel": lambda: conv([(1, 64, 1, 1)], (64, 64, 3, 3), bias=make(64), **PADDED),
-    "16 to 32": lambda: conv([(1, 16, 9, 10)], (32, 16, 3, 3), bias=make(32), **PADDED),
-    "32 outputs, odd height": lambda: conv([(1, 64, 19, 9)], (32, 64, 3, 3), bias=make(32), act="relu", **PADDED),
-    "slices": lambda: conv([(1, 64, 8, 9), (1, 32, 8, 9), (1, 64, 8, 9)], (32, 160, 3, 3), **PADDED),
-    "192 inputs, streamed": lambda: conv([(1, 192, 10, 17)], (64, 192, 3, 3), bias=make(64), **PADDED),
-    "128 outputs": lambda: conv([(1, 48, 9, 8)], (128, 48, 3, 3), bias=make(128), **PADDED),
-    "everything": lambda: conv(
-        [(2, 64, 9, 11)], (64, 64, 3, 3), bias=make(64), act="prelu", prelu=make(64), gain=0.3, scale=make(2, 64),
-        skip=make(2, 64, 9, 11), skip_gain=0.5, post_relu=True, **PADDED,
-    ),
-    "prologue": lambda: conv(
-        [(1, 64, 9, 9), (1, 32, 9, 9)], (64, 96, 3, 3), pre_scale=make(96), pre_shift=make(96), pre_relu=True, **PADDED
-    ),
-    "shuffle": lambda: conv([(1, 64, 9, 8)], (256, 64, 3, 3), bias=make(256), act="relu", shuffle=2, **PADDED),
-    "shuffle, tf": lambda: conv([(1, 32, 5, 8)], (128, 32, 3, 3), bias=make(128), shuffle=2, shuffle_order="tf",
-                                **PADDED),
-    "shuffle by 3": lambda: conv([(1, 64, 5, 4)], (27, 64, 3, 3), shuffle=3, **PADDED),
-    "nearest": lambda: conv([(1, 64, 6, 7)], (64, 64, 3, 3), bias=make(64), upsample=2, **PADDED),
-    "1x1 of several": lambda: conv([(1, 64, 9, 9)] * 3, (64, 192, 1, 1), bias=make(64)),
-    "5x5": lambda: conv([(1, 64, 9, 8)], (64, 64, 5, 5), bias=make(64), padding=2),
-    "transposed, 4": lambda: conv([(1, 64, 5, 6)], (64, 64, 8, 8), stride=4, padding=2, transposed=True),
-    "strided, 4": lambda: conv([(1, 64, 20, 24)], (64, 64, 8, 8), stride=4, padding=2),
-    "transposed, 2": lambda: conv([(1, 64, 5, 6)], (64, 64, 6, 6), stride=2, padding=2, transposed=True),
-    "groups": lambda: conv([(1, 64, 10, 11)], (64, 16, 3, 3), bias=make(64), groups=4, **PADDED),
-    "groups of 12": lambda: conv([(1, 48, 9, 8)], (32, 12, 3, 3), groups=4, **PADDED),
-    "first": lambda: conv([(1, 3, 10, 11)], (64, 3, 3, 3), bias=make(64), **PADDED),
-    "last": lambda: conv([(1, 64, 10, 11)], (3, 64, 3, 3), bias=make(3), **PADDED),
-    "9x9": lambda: conv([(1, 3, 9, 10)], (64, 3, 9, 9), bias=make(64), padding=4),
-}  # fmt: skip
-
-
 @pytest.mark.parametrize("arch", CAPABILITIES)
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_convolutions(case, arch):
-    compare(conv_act, CONVOLUTIONS[case](), CAPABILITIES[arch])
+    compare(conv_act, convolution(case, make), CAPABILITIES[arch])
 
 
 @pytest.mark.parametrize("arch", CAPABILITIES)
 def test_float16(arch):
-    global make
-    make = maker(torch.float16)
-    try:
-        for case in ("everything", "32 outputs, odd height", "groups"):
-            compare(conv_act, CONVOLUTIONS[case](), CAPABILITIES[arch])
-        sample = list(OPS["residual_e"].samples_of(make))[-1]
-        compare(OPS["residual_e"], sample, CAPABILITIES[arch])
-    finally:
-        make = maker()
+    half = maker(torch.float16)
+    for case in ("everything", "32 outputs, odd height", "groups"):
+        compare(conv_act, convolution(case, half), CAPABILITIES[arch])
+    compare(OPS["residual_e"], list(OPS["residual_e"].samples_of(half))[-1], CAPABILITIES[arch])
 
 
 @pytest.mark.parametrize("height", [32, 16, 12, 8])
 def test_every_width_of_wgmma(height):
     """The number of multiprocessors decides the tile; each of the four instances computes the same bits."""
-    tall = CONVOLUTIONS["rcan"]()
+    tall = convolution("rcan", make)
     args = ([make(1, 64, 2 * height, 16)], *tall[1:])
     expected = emulated.run(conv_act, args, Emulated((8, 0)))
     for multiprocessors in range(1, 200):
@@ -184,7 +124,7 @@ def test_an_image_is_the_same_in_any_batch(arch):
 
 @pytest.mark.parametrize("arch", CAPABILITIES)
 def test_nan_spreads_as_far_as_it_should(arch):
-    args = CONVOLUTIONS["rcan"]()
+    args = convolution("rcan", make)
     args[0][0][0, 5, 7, 8] = torch.nan
     made = emulated.run(conv_act, args, Emulated(CAPABILITIES[arch]))
     assert made.isnan()[0, :, 6:9, 7:10].all() and made.isnan().sum() == 64 * 9
@@ -200,7 +140,7 @@ FOUND = {  # the faults that each main loop can have
 @pytest.mark.parametrize(("arch", "fault"), [(a, f) for a, faults in FOUND.items() for f in faults])
 def test_planted_faults_are_found(arch, fault):
     """A test of the tests: each fault is reported, gives NaN or wrong numbers, or makes the seeds differ."""
-    args = CONVOLUTIONS["several tiles"]()
+    args = convolution("several tiles", make)
     sound = emulated.run(conv_act, args, Emulated(CAPABILITIES[arch]))
     for seed in range(2):
         try:
@@ -225,7 +165,7 @@ def test_structures_are_mirrored():
 
 def test_a_malformed_program_is_refused():
     lib = emulated.library()
-    args = CONVOLUTIONS["one pixel"]()
+    args = convolution("one pixel", make)
     device = Emulated((8, 0))
     program = _cuda_engine.Runner(conv_act, *args, device=device).program
     with pytest.raises(KernelError, match="-2"):
@@ -287,9 +227,41 @@ def test_tiles_follow_the_waves():
     assert height(1, 48, 48)[0] == 8
 
 
+NETWORKS = [
+    *(Geometry((c,), 32, (3, 3), padding=1) for c in (64, 96, 128, 160)),
+    *(Geometry((64, c), 64, (3, 3), padding=1) for c in (64, 128)),
+    *(Geometry((c,), 64, (3, 3), padding=1, sums=True) for c in (16, 64, 192)),
+    *(Geometry((64,), c, (3, 3), padding=1, shuffle=2) for c in (256, 12, 48)),
+    *(Geometry((64,), 64, (k, k), stride=s, padding=2, transposed=t)
+      for k, s in ((6, 2), (8, 4), (12, 8)) for t in (False, True)),
+    *(Geometry((64,) * n, 64, (1, 1)) for n in (2, 4, 16)),
+    *(Geometry((64,), 64, (3, 3), padding=1, groups=g) for g in (4, 64)),
+    *(Geometry((c,), o, (9, 9), padding=4) for c, o in ((3, 64), (64, 3))),
+    Geometry((128,), 128, (5, 5), padding=2),
+    Geometry((64,), 64, (3, 3), padding=1, upsample=2),
+    Geometry((256,), 256, (3, 3), padding=1),
+    Geometry((1,), 9, (17, 17), stride=3, padding=8, transposed=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", [SM80, SM90])
+def test_tiles_fit_into_shared_memory(arch):
+    for g in NETWORKS:
+        if arch == SM90 and not _cuda_forms.suits_sm90(g):
+            continue
+        form = lower(g, arch)
+        for (h, w), n, sms in itertools.product(((1, 1), (48, 48), (339, 510), (720, 1280)), (1, 16), (20, 132)):
+            p = _cuda_engine.ConvParams(n=n, grid_h=h, grid_w=w)
+            for name in _cuda_engine.FORM_FIELDS:
+                setattr(p, name, getattr(form, name))
+            p.partial.slot = 0 if g.sums else -1
+            _, stages, _, shared = tile(torch.frombuffer(bytearray(8) + bytearray(p), dtype=torch.uint8), sms)
+            assert stages >= 2 and shared <= (227 if arch == SM90 else 99) * 1024, (g, h, w)
+
+
 def test_what_is_refused_says_why():
     device = Emulated((9, 0))
-    refused = _cuda_engine.unsuitable(conv_act, CONVOLUTIONS["rcan"](), Emulated((7, 5)))
+    refused = _cuda_engine.unsuitable(conv_act, convolution("rcan", make), Emulated((7, 5)))
     assert refused == "compute capability 7.5 (needs 8.0)"
     args = ([torch.zeros(1, 4, 5, 6)], torch.zeros(4, 4, 3, 3), *_defaults())
     assert _cuda_engine.unsuitable(conv_act, args, device) == "dtype=torch.float32 (needs bfloat16 or float16)"

@@ -1,0 +1,80 @@
+"""The CUDA kernels on a GPU: what the emulation cannot say. Fences, layouts as the hardware has them, races in time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fastsr
+from conftest import relative_error
+from cuda_cases import CONVOLUTIONS, FLOOR, convolution, maker
+from fastsr import _cuda_engine
+from fastsr.op import OPS, _replace, _tensors
+from fastsr.ops.conv_act import conv_act
+
+pytestmark = pytest.mark.gpu
+GUARD = 1 << 16  # elements of NaN on both sides of every tensor
+
+
+@pytest.fixture(scope="module", autouse=True)
+def gpu():
+    reason = _cuda_engine.missing()
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def guarded(t: torch.Tensor) -> torch.Tensor:
+    """The tensor on the GPU with its strides, in the middle of NaN: a read outside it shows in the result."""
+    span = 1 + sum((s - 1) * step for s, step in zip(t.shape, t.stride(), strict=True))
+    memory = torch.full((2 * GUARD + math.ceil(span / 64) * 64,), torch.nan, dtype=t.dtype, device="cuda")
+    return memory.as_strided(t.shape, t.stride(), GUARD).copy_(t)
+
+
+def compare(op, args) -> None:
+    args = op._bind(args)
+    exact = op.eager(*_replace(args, [t.double() for t in _tensors(args)]))
+    there = _replace(args, [guarded(t) for t in _tensors(args)])
+    with fastsr.use("cuda"):
+        made = [op(*there).cpu() for _ in range(10)]
+    assert all(torch.equal(m, made[0]) for m in made[1:]), "a race: the same call gives different bits"
+    bound = 2 * relative_error(op.eager(*args), exact) + FLOOR[made[0].dtype]
+    assert relative_error(made[0], exact) <= bound
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_convolutions(case, dtype):
+    compare(conv_act, convolution(case, maker(dtype)))
+
+
+@pytest.mark.parametrize("dtype", FLOOR, ids=str)
+@pytest.mark.parametrize("name", [n for n, op in OPS.items() if op.recipe_of is not None])
+def test_operators(name, dtype):
+    for sample in OPS[name].samples_of(maker(dtype)):
+        compare(OPS[name], sample)
+
+
+@pytest.mark.parametrize("size", [(1, 360, 639), (16, 48, 48)])
+def test_large_maps(size):
+    """Every thread block has several tiles, as in earnest."""
+    make, (n, h, w) = maker(), size
+    for outputs in (64, 32):
+        inputs, weight, *rest = convolution("rcan" if outputs == 64 else "32 outputs, odd height", make)
+        compare(conv_act, ([make(n, 64, h, w)], weight, *rest))
+
+
+def test_a_graph_replays_a_call():
+    make = maker()
+    args = [t.cuda() if isinstance(t, torch.Tensor) else t for t in convolution("rcan", make)[1:]]
+    x = make(1, 64, 20, 21).cuda()
+    with fastsr.use("cuda"), torch.inference_mode():
+        expected = conv_act([x], *args)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = conv_act([x], *args)
+        out.zero_()
+        graph.replay()
+        assert torch.equal(out, expected)
