@@ -19,6 +19,7 @@ from bench.results import Row, latest
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+README_CHART = "docs/images/speedup_f32.png"
 MARKERS = ("<!-- bench -->", "<!-- /bench -->")
 OWN = {peer.name for peer in KERNELS if peer.dtype == "f32"}
 BUSY = 0.1  # processors; with more than that taken by others a race is marked
@@ -285,10 +286,13 @@ def readme_table(rows: Sequence[Row]) -> str:
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The table for README with a line that says where and how it was measured."""
+    """The chart and the table for README, with a line that says where and how they were measured."""
     newest = max(rows, key=lambda r: r.race)
-    pixels = f"x{SCALE}, {newest.threads} threads of {newest.device}, commit {newest.commit}"
-    return f"Whole networks, image in to image out, {pixels}; medians of interleaved calls.\n\n{readme_table(rows)}\n"
+    where = f"x{SCALE}, {newest.threads} threads of {newest.device}, commit {newest.commit}"
+    return (
+        f"![How many times faster than others]({README_CHART})\n\nWhole networks, image in to image out, {where}; "
+        f"medians of interleaved calls.\n\n{readme_table(rows)}\n"
+    )
 
 
 def between_markers(text: str, new: str) -> str:
@@ -304,11 +308,13 @@ def write(
     rows: Sequence[Row], folder: Path, base: Sequence[Row] = (), revision: str = "", readme: bool = False
 ) -> Path:
     """Writes index.html and the charts into a folder and returns the page's path; with `readme` also README's table and
-    the chart beside it. Raises ValueError where there are no rows."""
+    the chart beside it. Raises ValueError where there are no rows, or for README none of networks."""
     rows, base = latest(rows), latest(base)
     if not rows:
         raise ValueError("report: no rows; `pytest bench/` measures some")
     pictures = {name: png(figure) for name, figure in figures(rows).items()}
+    if readme and "speedup_f32" not in pictures:
+        raise ValueError("report: README's table needs rows of networks; `pytest bench/test_models.py` measures them")
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in pictures.items():
         (folder / f"{name}.png").write_bytes(data)
@@ -317,6 +323,5 @@ def write(
     if readme:
         file = ROOT / "README.md"
         file.write_text(between_markers(file.read_text(), summary(rows)))
-        if "speedup_f32" in pictures:
-            (ROOT / "docs" / "images" / "speedup_f32.png").write_bytes(pictures["speedup_f32"])
+        (ROOT / README_CHART).write_bytes(pictures["speedup_f32"])
     return path
