@@ -179,17 +179,22 @@ static inline double tap(const Shape& s, const float* weight, int o, int i, int 
   return sum;
 }
 
-static inline void pack(const Shape& s, const float* weight, const float* bias, const float* slope,
-                        const float* pre_scale, const float* pre_shift, void* packed) {
-  const Geometry g = geometry(s);
-  const Outputs out = outputs(s, g);
-  const Packed p = unpack(s, out, packed);
+static inline void pack_vectors(const Shape& s, const Outputs& out, const float* bias, const float* slope,
+                                const float* pre_scale, const float* pre_shift, const Packed& p) {
   pack_outputs(s, out, bias, p.bias);
   pack_outputs(s, out, slope, p.slope);
   for (int i = 0; i < packed_inputs(s); ++i) {
     p.pre_scale[i] = i >= s.cin ? 0.0f : pre_scale != nullptr ? pre_scale[i] : 1.0f;
     p.pre_shift[i] = i < s.cin && pre_shift != nullptr ? pre_shift[i] : 0.0f;
   }
+}
+
+static inline void pack(const Shape& s, const float* weight, const float* bias, const float* slope,
+                        const float* pre_scale, const float* pre_shift, void* packed) {
+  const Geometry g = geometry(s);
+  const Outputs out = outputs(s, g);
+  const Packed p = unpack(s, out, packed);
+  pack_vectors(s, out, bias, slope, pre_scale, pre_shift, p);
   float* floats = static_cast<float*>(p.weights);
   bf16* halves = static_cast<bf16*>(p.weights);
   for (int pass = 0; pass < passes(g) * passes(g); ++pass) {
@@ -366,7 +371,9 @@ static inline void make_row(const Conv& c, const Geometry& g, const Packed& p, C
     std::memset(start, 0, first * plane.width * sizeof(T));
     std::memset(start + end * plane.width, 0, (copy.columns - end) * plane.width * sizeof(T));
     const int channels = plane.inputs.end - plane.inputs.begin;
-    for (std::int64_t i = 0; channels < plane.width && i < end - first; ++i) inside[i * plane.width + channels] = 0;
+    for (std::int64_t i = 0; channels < plane.width && i < end - first; ++i) {
+      std::memset(inside + i * plane.width + channels, 0, (plane.width - channels) * sizeof(T));
+    }
     int begin = 0;  // of the source among all channels
     for (int i = 0; i < s.sources; ++i) {
       const Map& map = c.in[i];
