@@ -76,7 +76,7 @@ def kept(key: Hashable, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
     sums = None if frozen else [_sum(t) for t in tensors]
     value = make()
     number = id(first)
-    owners = [weakref.ref(first, lambda _: _entries.pop(number, None))]
+    owners = [weakref.ref(first, lambda _, entries=_entries: entries.pop(number, None))]  # named: also as Python ends
     if frozen:
         owners += [weakref.ref(t) for t in tensors[1:]]
     entries = _entries.setdefault(number, {})
