@@ -29,7 +29,19 @@ from torch import Tensor
 
 from fastsr import packing, recipes
 from fastsr._cpu import offsets
-from fastsr._cuda_forms import MAX_SOURCES, SM80, SM90, Form, Geometry, Unsuitable, lower, suits_sm90, tile_order
+from fastsr._cuda_forms import (
+    LAST,
+    MAX_SOURCES,
+    SM80,
+    SM90,
+    Form,
+    Geometry,
+    Unsuitable,
+    lower,
+    suits_last,
+    suits_sm90,
+    tile_order,
+)
 from fastsr._triton import architecture, choice_key, tuned
 from fastsr.op import Op, _replace, _tensors, describe
 from fastsr.recipes import Recipe, View
@@ -173,7 +185,9 @@ class Device:
         raise NotImplementedError
 
     def main_loop(self, g: Geometry) -> int:
-        """SM90 where its kernel is for the convolution, else SM80."""
+        """LAST or SM90 where their kernels are for the convolution, else SM80."""
+        if suits_last(g):
+            return LAST
         return SM90 if self.capability == (9, 0) and suits_sm90(g) else SM80
 
 
@@ -189,7 +203,8 @@ class Gpu(Device):
         torch.ops.fastsr_cuda.run(tensors, program, self.multiprocessors)
 
     def main_loop(self, g: Geometry) -> int:
-        return super().main_loop(g) if torch.ops.fastsr_cuda.has_sm90() else SM80
+        chosen = super().main_loop(g)
+        return SM80 if chosen == SM90 and not torch.ops.fastsr_cuda.has_sm90() else chosen
 
 
 # Running.

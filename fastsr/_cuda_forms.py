@@ -13,6 +13,7 @@ are packed, from the geometry of a convolution:
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -23,7 +24,8 @@ OCTETS = 8  # of a block, at most
 TILE_COLUMNS = 8
 SHARED_80 = 99 * 1024
 MAX_SOURCES = 24
-SM80, SM90 = 80, 90
+LAST_ROWS, LAST_WIDTH = 32, 16  # csrc/cuda/conv/last_conv.cuh
+LAST, SM80, SM90 = 27, 80, 90  # the main loops
 
 Slot = tuple[int, ...]  # the kernel rows (or columns) whose weights are added up for one tap
 
@@ -198,22 +200,26 @@ def plane_bytes(halo_rows: int, halo_w: int) -> int:
 
 
 def suits_sm90(g: Geometry) -> bool:
-    """Whether Hopper's own kernel is for it: blocks of 64 outputs, or 32 in pairs, and whole sixteens of inputs."""
+    """Whether Hopper's own kernel is for it: blocks of 64 outputs that are at least three quarters full, or 32 outputs
+    in pairs of rows, and whole sixteens of inputs."""
     pairs = g.outputs == 32 and not g.sums and g.stride == g.upsample == g.shuffle == 1 and not g.transposed
-    return (
-        g.groups == 1
-        and all(w % 16 == 0 for w in g.widths)
-        and (pairs or g.outputs // g.shuffle**2 % 64 == 0 or (g.shuffle > 1 and g.outputs % 64 == 0))
-        and g.outputs // g.shuffle**2 % 8 == 0
-        and max(g.kernel) <= 12
-    )
+    full = g.outputs / (64 * math.ceil(g.outputs / 64)) >= 0.75 and g.outputs // g.shuffle**2 % 8 == 0
+    return g.groups == 1 and all(w % 16 == 0 for w in g.widths) and (pairs or full) and max(g.kernel) <= 12
+
+
+def suits_last(g: Geometry) -> bool:
+    """Whether it is a 3x3 convolution to at most three channels, for which there is a kernel."""
+    plain = Geometry(g.widths, g.outputs, (3, 3), padding=1)
+    return g == plain and g.outputs <= 3 and sum(g.widths) >= 16
 
 
 @functools.lru_cache(maxsize=512)
 def lower(g: Geometry, arch: int) -> Form:
-    """The form of a convolution for the main loop of `arch` (SM80 or SM90). Raises Unsuitable."""
+    """The form of a convolution for a main loop: LAST, SM80 or SM90. Raises Unsuitable."""
     if len(g.widths) > MAX_SOURCES:
         raise Unsuitable(f"{len(g.widths)} maps read as one (at most {MAX_SOURCES})")
+    if arch == LAST:
+        return _lower_last(g)
     step_in, step_out, eights = _eights(g)
     offsets = [[t.offset for e in eights for t in (pair[axis] for pair in e.taps)] for axis in (0, 1)]
     halo_y, halo_x = min(offsets[0]), min(offsets[1])
@@ -272,6 +278,29 @@ def lower(g: Geometry, arch: int) -> Form:
         g.sums and step_out == 1 and pitch == 1 and step_in == 1,
         all(c[1] % 8 == 0 and c[2] % 8 == 0 for c in chunks),
         all(len(e.channels) == 8 and e.first % 8 == 0 for e in eights),
+    )  # fmt: skip
+
+
+def _lower_last(g: Geometry) -> Form:
+    """The 1x1 product of last_conv.cuh, with a column for each tap of each output."""
+    inputs = sum(g.widths)
+    steps = next(s for s in (4, 2, 1) if s == 1 or all(w % (16 * s) == 0 for w in g.widths))
+    pieces = _pieces(g.widths, (0, inputs), 16 * steps)
+    chunks = [[source, c, valid, 0, 0, 0, 1, steps * i, k] for i, (source, c, k, valid) in enumerate(pieces)]
+    octets = [[0, 0, 0, 0, g.outputs]] + [[0] * 5] * (OCTETS - 1)
+    index = np.full((len(pieces) * steps, LAST_ROWS, 16), ZERO, dtype=np.int64)
+    for i, (_, _, k, valid) in enumerate(pieces):
+        for tap, o, c in product(range(9), range(g.outputs), range(valid)):
+            index[i * steps + c // 16, tap * g.outputs + o, c % 16] = (o * inputs + k + c) * 9 + tap
+    row, channel = tile_order(SM80, LAST_ROWS)
+    lines = np.arange(LAST_ROWS)
+    vectors = [np.where(lines < g.outputs, part - 8 * lines, ZERO) for part in (BIAS, SLOPE)]
+    vectors += [part - 8 * np.arange(inputs) for part in (SCALE, SHIFT)]
+    return Form(
+        LAST, LAST_ROWS, 1, 1, 1, -1, -1, 2, LAST_WIDTH + 2, 1, len(chunks), 1, steps, len(index), len(index),
+        np.array([0, len(chunks), *(v for o in octets for v in o), *(v for c in chunks for v in c), 0], dtype=np.int32),
+        np.concatenate([index[:, row, channel].reshape(-1), *vectors]), None, False,
+        all(c[2] % 8 == 0 and c[1] % 8 == 0 for c in chunks), False,
     )  # fmt: skip
 
 

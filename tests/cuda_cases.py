@@ -48,6 +48,7 @@ CONVOLUTIONS = {
     "32 outputs, odd height": _case([(1, 64, 19, 9)], (32, 64, 3, 3), bias=(32,), act="relu", **PADDED),
     "slices": _case([(1, 64, 8, 9), (1, 32, 8, 9), (1, 64, 8, 9)], (32, 160, 3, 3), **PADDED),
     "192 inputs, streamed": _case([(1, 192, 10, 17)], (64, 192, 3, 3), bias=(64,), **PADDED),
+    "48 outputs": _case([(1, 64, 9, 17)], (48, 64, 3, 3), bias=(48,), act="leaky", slope=0.05, **PADDED),
     "128 outputs": _case([(1, 48, 9, 8)], (128, 48, 3, 3), bias=(128,), **PADDED),
     "everything": _case(
         [(2, 64, 9, 11)], (64, 64, 3, 3), bias=(64,), act="prelu", prelu=(64,), gain=0.3, scale=(2, 64),
@@ -70,5 +71,8 @@ CONVOLUTIONS = {
     "groups of 12": _case([(1, 48, 9, 8)], (32, 12, 3, 3), groups=4, **PADDED),
     "first": _case([(1, 3, 10, 11)], (64, 3, 3, 3), bias=(64,), **PADDED),
     "last": _case([(1, 64, 10, 11)], (3, 64, 3, 3), bias=(3,), **PADDED),
+    "last of 96, tiles": _case([(2, 64, 18, 17), (2, 32, 18, 17)], (3, 96, 3, 3), bias=(3,), skip=(2, 3, 18, 17),
+                              **PADDED),
+    "last, one channel": _case([(1, 48, 5, 33)], (1, 48, 3, 3), act="relu", pre_relu=True, **PADDED),
     "9x9": _case([(1, 3, 9, 10)], (64, 3, 9, 9), bias=(64,), padding=4),
 }  # fmt: skip

@@ -83,7 +83,7 @@ def test_no_kernel_spills():
 
 
 def test_matrix_products_run_on_tensor_cores():
-    for (arch, name), counter in kernels("conv_sm80") + kernels("residual_e"):
+    for (arch, name), counter in kernels("conv_sm80") + kernels("residual_e") + kernels("last_conv"):
         assert counter["HMMA"] > 0 and counter["LDSM"] > 0 and counter["LDGSTS"] > 0, (arch, name)
     assert {arch for (arch, _), _ in kernels("conv_sm80")} >= {"sm_80"}
 

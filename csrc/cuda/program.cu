@@ -36,6 +36,7 @@ int tile_height(const ConvParams& p, int sms) {
 
 int launch_conv(const ConvParams& p, int sms, void* stream) {
   if (p.arch == kSm80) return launch_conv_sm80(p, sms, stream);
+  if (p.arch == kLast) return launch_last_conv(p, stream);
 #if defined(FASTSR_SM90) || !defined(__CUDACC__)
   if (p.arch == kSm90) return launch_conv_sm90(p, sms, stream);
 #endif

@@ -24,7 +24,8 @@ constexpr int kTileColumns = 8;  // positions that a tile is wide: one core matr
 enum Type : std::int32_t { kBf16 = 0, kFp16 = 1 };
 // kLeaky: one slope for all channels, 1 standing for no activation. kPrelu: slopes in the packed weights.
 enum Act : std::int32_t { kRelu = 0, kLeaky = 1, kPrelu = 2 };
-enum Arch : std::int32_t { kSm80 = 80, kSm90 = 90 };  // which main loop; weights are packed for one of them
+// Which main loop; weights are packed for one of them. kLast: last_conv.cuh.
+enum Arch : std::int32_t { kLast = 27, kSm80 = 80, kSm90 = 90 };
 
 // A map. In a program, `data` is an offset in bytes into the tensor `slot`; to a kernel, it is an address. slot = -1 or
 // data = 0: there is none. Strides in elements.
@@ -83,5 +84,6 @@ constexpr int kDoesNotFit = -1;  // no tile fits into shared memory
 // Launches one convolution; returns a CUDA error code or kDoesNotFit. sms: multiprocessors of the device.
 int launch_conv_sm80(const ConvParams& p, int sms, void* stream);
 int launch_conv_sm90(const ConvParams& p, int sms, void* stream);
+int launch_last_conv(const ConvParams& p, void* stream);
 
 }  // namespace fastsr::cuda

@@ -74,8 +74,11 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kWarps == 4 ? 2 : 1)
     issue(c + plan.stages - 1);
     const unsigned char* weights = stage + lane * 16;
     const unsigned char* halo = stage + plan.weights_bytes + a_offset;
+    const std::int32_t* taps = table.taps + chunk.first_tap;
+    int offset = taps[0];
     for (int tap = 0; tap < chunk.taps; ++tap) {
-      const unsigned char* start = halo + table.taps[chunk.first_tap + tap] * 16;
+      const unsigned char* start = halo + offset * 16;
+      if (tap + 1 < chunk.taps) offset = taps[tap + 1];
       for (int step = 0; step < p.steps; ++step) {
         std::uint32_t a[2][4];
 #pragma unroll

@@ -25,11 +25,11 @@ struct TilePlace {
   int n, index, y, x;  // image, index within it, first position
 };
 
-__device__ __forceinline__ TilePlace tile_place(const ConvParams& p, int tile, int height) {
-  const int across = (p.grid_w + kTileColumns - 1) / kTileColumns;
-  const int image = across * ((p.grid_h + height - 1) / height);
+__device__ __forceinline__ TilePlace tile_place(const ConvParams& p, int tile, int height, int width = kTileColumns) {
+  const int across = divide_up(p.grid_w, width);
+  const int image = across * divide_up(p.grid_h, height);
   const int index = tile % image;
-  return {tile / image, index, index / across * height, index % across * kTileColumns};
+  return {tile / image, index, index / across * height, index % across * width};
 }
 
 // The pieces of 16 bytes that thread `thread` of kThreads loads: octet `octet` of halo positions (y, x).
