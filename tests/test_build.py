@@ -1,10 +1,13 @@
 """What installing gives: the wheel with and without a compiler, the compiled library, and a quiet import."""
 
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -61,7 +64,10 @@ def test_without_a_compiler_the_wheel_is_python_only_and_says_why(tmp_path, setu
 def test_with_a_compiler_the_wheel_holds_the_library(tmp_path, setuptools):
     if not sys.platform.startswith("linux") or shutil.which("g++") is None:
         pytest.skip("needs g++ on Linux")
-    name, files, printed = _wheel(tmp_path)
+    compiler = tmp_path / "c++"  # as the real one, but without optimisation, which takes minutes
+    compiler.write_text('#!/bin/sh\nfor a do shift; [ "$a" = -O3 ] && a=-O0; set -- "$@" "$a"; done; exec g++ "$@"\n')
+    compiler.chmod(0o755)
+    name, files, printed = _wheel(tmp_path, CXX=str(compiler), FASTSR_CUDA="0")
     assert "-py3-none-linux" in name, "one wheel serves every Python"
     assert "fastsr/_C.so" in files, printed
 
@@ -86,11 +92,90 @@ def test_the_library_knows_the_processor():
     expected = "baseline"
     if {"avx2", "fma", "f16c"} <= flags:
         expected = "avx2"
-        if {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+        if {"avx512f", "avx512cd", "avx512bw", "avx512dq", "avx512vl", "bmi1", "bmi2"} <= flags:
             expected = "avx512_bf16" if "avx512_bf16" in flags else "avx512"
-    assert _library.isa() == expected
+    assert _library.offered_isa() == expected
+    assert _library.isa() == os.environ.get("FASTSR_CPU_ISA", expected)
     with pytest.raises(RuntimeError, match="isa_name: argument 'level': expected a level from 0 to 3, got 4"):
         torch.ops.fastsr_cpu.isa_name(4)
+
+
+def _level_in(wanted: str) -> list[str]:
+    """The level in use, why there is none, and the processor's line of the report, where the environment asks so."""
+    code = """
+from fastsr import _library, info
+print(_library.isa(), _library.load(), next(l for l in info.info().splitlines() if l.startswith("cpu ")), sep="\\n")
+"""
+    environment = os.environ | {"FASTSR_CPU_ISA": wanted, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    return done.stdout.splitlines()
+
+
+def test_the_environment_chooses_a_level():
+    if _library.load() is not None:
+        pytest.skip(_library.load())
+    offered = _library.offered_isa()
+    levels = ["baseline", "avx2", "avx512", "avx512_bf16"]
+    for level in {"baseline", offered}:
+        isa, problem, line = _level_in(level)
+        assert (isa, problem) == (level, "None")
+        assert f"instruction set: {level} by FASTSR_CPU_ISA, of {offered}" in line
+    for level in levels[levels.index(offered) + 1 :]:
+        expected = f"FASTSR_CPU_ISA asks for {level}, but this processor or operating system offers {offered}"
+        assert _level_in(level)[:2] == ["None", expected]
+    isa, problem, line = _level_in("avx1024")
+    expected = "FASTSR_CPU_ISA: expected one of baseline, avx2, avx512, avx512_bf16, got 'avx1024'"
+    assert (isa, problem) == ("None", expected) and "torch says" in line
+
+
+BMI = re.compile(r"andn|bextr|blsi|blsmsk|blsr|bzhi|mulx|pdep|pext|rorx|sarx|shlx|shrx|lzcnt|popcnt")
+BEYOND = {  # what code of a level may not hold: mnemonics, and registers
+    "": (re.compile(rf"v|{BMI.pattern}"), re.compile(r"%[yz]mm|%k[0-7]")),
+    "avx2": (BMI, re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|[23]\d)")),
+    "avx512": (re.compile(r"vdpbf16|vcvtneps|vcvtne2ps"), re.compile(r"%tmm")),
+    "avx512_bf16": (re.compile(r"tdp|vpdp"), re.compile(r"%tmm")),
+}
+
+
+def test_no_instruction_is_outside_the_level_of_its_file():
+    if not LIBRARY.is_file():
+        pytest.skip(_library.load())
+    if shutil.which("objdump") is None:
+        pytest.skip("needs objdump")
+    if platform.machine() != "x86_64":
+        pytest.skip(f"no kernels are written for {platform.machine()}")
+
+    def objdump(*options: str) -> Iterator[str]:
+        with subprocess.Popen(["objdump", *options, LIBRARY], stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            yield from process.stdout
+        assert process.returncode == 0
+
+    # Local symbols follow the name of their file; code that several files may share follows an empty name.
+    files, file = {}, ""
+    for line in objdump("-t"):
+        words = line.split()
+        if " df *ABS*" in line:
+            file = words[5] if len(words) > 5 else ""
+        elif len(words) > 4 and words[1:4] == ["l", "F", ".text"]:
+            files[words[0]] = file
+    if "features.cpp" not in files.values():
+        pytest.skip("the library has been stripped of the names of its files")
+    counts: dict[str, int] = dict.fromkeys(BEYOND, 0)
+    level, function, wrong = "", "", []
+    for line in objdump("-d", "-j", ".text", "--no-show-raw-insn"):
+        if line.endswith(">:\n"):
+            address, function = line.split(maxsplit=1)
+            stem = files.get(address, "").removesuffix(".cpp")
+            level = next((name for name in BEYOND if name and stem.endswith(f"_{name}")), "")
+        elif line.startswith(" ") and "\t" in line:
+            instruction = line.split("\t", 1)[1]
+            mnemonics, registers = BEYOND[level]
+            counts[level] += 1
+            if mnemonics.match(instruction) or registers.search(instruction):
+                wrong.append(f"{level or 'baseline'}: {instruction.strip()} in {function.strip()}")
+    assert not wrong, wrong[:20]
+    assert all(count > 1000 for count in counts.values()), counts
 
 
 def test_a_library_that_does_not_load_is_a_reason_not_a_crash(tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ constexpr bool all(std::uint64_t value, std::uint64_t bits) {
 Isa detect() {
   constexpr unsigned kFma = 1u << 12, kOsxsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;  // leaf 1, ecx
   constexpr unsigned kAvx2Bit = 1u << 5;                                                       // leaf 7.0, ebx
+  constexpr unsigned kBmi = 1u << 3, kBmi2 = 1u << 8;
   constexpr unsigned kF = 1u << 16, kDq = 1u << 17, kCd = 1u << 28, kBw = 1u << 30, kVl = 1u << 31;
   constexpr unsigned kBf16 = 1u << 5;                         // leaf 7.1, eax
   constexpr std::uint64_t kYmmState = 0x6, kZmmState = 0xe6;  // XCR0: SSE, AVX; then also opmask and both ZMM parts
@@ -57,7 +58,7 @@ Isa detect() {
   if (!all(seven.ebx, kAvx2Bit) || !all(state, kYmmState)) {
     return Isa::kBaseline;
   }
-  if (!all(seven.ebx, kF | kDq | kCd | kBw | kVl) || !all(state, kZmmState)) {
+  if (!all(seven.ebx, kF | kDq | kCd | kBw | kVl | kBmi | kBmi2) || !all(state, kZmmState)) {
     return Isa::kAvx2;
   }
   // eax of leaf 7.0 is the highest subleaf; asking beyond it returns zeros on Intel but is undefined in general.

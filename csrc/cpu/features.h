@@ -7,7 +7,7 @@ namespace fastsr::cpu {
 enum class Isa : int {
   kBaseline = 0,    // nothing beyond what the compiler targets by default: eager operators only
   kAvx2 = 1,        // AVX2, FMA, F16C
-  kAvx512 = 2,      // the above and AVX-512 F, CD, BW, DQ, VL
+  kAvx512 = 2,      // the above, AVX-512 F, CD, BW, DQ, VL, and BMI1, BMI2
   kAvx512Bf16 = 3,  // the above and AVX-512 BF16
 };
 
