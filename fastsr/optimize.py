@@ -32,6 +32,9 @@ class Door:
     def freeze(self, module: nn.Module) -> None:
         """Freezes the module's tensors; the module is the one that has the hooks."""
         packing.freeze([*module.parameters(), *module.buffers()], self.products)
+        if self.products == "bfloat16":
+            for name in getattr(module, "careful", ()):
+                packing.freeze([*module.get_submodule(name).parameters()], "careful")
         self.owner = weakref.ref(module)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -77,9 +80,9 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None) -> Module:
     the model's) and takes floating-point tensors of any dtype; what it returns has the dtype of the first one given.
 
     On a CPU, bfloat16 is a mode: parameters and the maps between operators stay float32, convolutions multiply in
-    bfloat16 and sum in float32, but for those from or to at most four channels, a network's first and last. A network
-    for which that is not exact enough says so (`Network.cpu_bfloat16`). Without the kernels for it, or on a processor
-    without AVX512-BF16, it computes in float32.
+    bfloat16 and sum in float32, but for those from or to at most four channels, a network's first and last. Layers for
+    which that is not exact enough are named by the network (`Network.careful`). Without the kernels for it, or on a
+    processor without AVX512-BF16, it computes in float32.
 
     To change weights afterwards use `load_state_dict`; packed weights do not follow `p.data.mul_()` or a write through
     NumPy. Changing the original's weights does not change the result's. Raises TypeError for anything but a module or a
@@ -103,7 +106,7 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None) -> Module:
         frozen.register_forward_pre_hook(door.enter, with_kwargs=True)
         frozen.register_forward_hook(door.leave, with_kwargs=True, always_call=True)
     door.dtype = torch.float32 if mode else dtype
-    door.products = getattr(frozen, "cpu_bfloat16", "bfloat16") if mode else "float32"
+    door.products = "bfloat16" if mode else "float32"
     door.freeze(frozen)
     return frozen
 

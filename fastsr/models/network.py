@@ -46,8 +46,8 @@ class Network(nn.Module):
         hints: fields of Config that no file can say; `load(..., field=value)` sets them.
         fixed: fields of Config that neither a file nor a hint changes.
         colour: "rgb" or "y", what the images are (BT.601 luma as MATLAB's rgb2ycbcr gives it, scaled to value_range).
-        cpu_bfloat16: how `fastsr.optimize(dtype=torch.bfloat16)` multiplies on a CPU: "bfloat16", or "careful", slower,
-            where that would be less exact than torch's autocast.
+        careful: names of modules that `fastsr.optimize(dtype=torch.bfloat16)` has computed by more exact, slower
+            algorithms on a CPU, "" for all; where the network would else be less exact than torch's autocast.
         split: a part of the network has to see the whole image: it is `local_part` of `global_part`.
 
     `origin` is what `load` made it from; None for a network that was created.
@@ -61,7 +61,7 @@ class Network(nn.Module):
     hints: ClassVar[tuple[str, ...]] = ()
     fixed: ClassVar[tuple[str, ...]] = ()
     colour: ClassVar[str] = "rgb"
-    cpu_bfloat16: ClassVar[str] = "bfloat16"
+    careful: ClassVar[tuple[str, ...]] = ()
     split: ClassVar[bool] = False
     origin: Origin | None = None
 
