@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench import timing
 from bench.networks import CASES, ROOT, build, inputs_of
 
@@ -43,7 +45,8 @@ def checkout(commit: str) -> Iterator[Path]:
         shutil.rmtree(tree / "bench", ignore_errors=True)
         shutil.copytree(ROOT / "bench", tree / "bench", ignore=shutil.ignore_patterns("results", "__pycache__"))
         build_command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-        subprocess.run(build_command, cwd=tree, check=True, stdout=subprocess.DEVNULL)
+        environment = os.environ | ({} if torch.cuda.is_available() else {"FASTSR_CUDA": "0"})
+        subprocess.run(build_command, cwd=tree, env=environment, check=True, stdout=subprocess.DEVNULL)
         yield tree
     finally:
         subprocess.run(["git", "worktree", "remove", "--force", str(tree)], cwd=ROOT, check=True)
@@ -152,8 +155,6 @@ class _Worker:
 
 
 def _serve() -> None:
-    import torch
-
     worker = _Worker()
     with torch.inference_mode():
         for line in sys.stdin:

@@ -16,6 +16,7 @@ import functools
 import importlib.util
 import logging
 import os
+import resource
 import subprocess
 import tempfile
 import warnings
@@ -30,6 +31,8 @@ from torch import Tensor, nn
 import fastsr
 from fastsr.train.trainer import PlainOperators
 
+PNNX_BYTES = 8 << 30
+PNNX_SECONDS = 300  # of the processor; it takes all memory and no end with some deep networks
 Result = Callable[[], Tensor]
 
 
@@ -57,7 +60,12 @@ class Subject:
     @functools.cached_property
     def graph(self) -> nn.Module:
         """That graph as a module; its parameters are the module's own."""
-        return self.exported.module(check_guards=False).requires_grad_(False)
+        graph = self.exported.module(check_guards=False).requires_grad_(False)
+        for node in graph.graph.find_nodes(op="call_function", target=torch.ops.aten.alias.default):
+            node.replace_all_uses_with(node.args[0])  # the same tensor by another name, which ncnn does not know
+            graph.graph.erase_node(node)
+        graph.recompile()
+        return graph
 
     @functools.cached_property
     def channels_last(self) -> tuple[nn.Module, tuple[Tensor, ...]]:
@@ -86,9 +94,16 @@ class Subject:
             torch.jit.trace(self.graph, self.inputs, check_trace=False).save(source)
         shapes = ",".join(str(list(x.shape)).replace(" ", "") for x in self.inputs)
         command = [pnnx.EXEC_PATH, source.name, f"inputshape={shapes}", "fp16=0"]
-        done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True)
+        limits = {resource.RLIMIT_AS: PNNX_BYTES, resource.RLIMIT_CPU: PNNX_SECONDS}
+
+        def limit() -> None:
+            for what, most in limits.items():
+                resource.setrlimit(what, (most, most))
+
+        done = subprocess.run(command, cwd=source.parent, capture_output=True, text=True, preexec_fn=limit)
         if done.returncode != 0:
-            raise Absent(f"pnnx ends with status {done.returncode}: {done.stderr.strip()[-200:]}")
+            allowed = f"{PNNX_BYTES >> 30} GiB and {PNNX_SECONDS} s are allowed"
+            raise Absent(f"pnnx ends with status {done.returncode}; {allowed}")
         return source.with_name("model.ncnn.param"), source.with_name("model.ncnn.bin")
 
 
