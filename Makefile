@@ -19,7 +19,7 @@ test: $(VENV)/tested
 	$(BIN)/python -m pytest $(ARGS)
 
 clean:
-	rm -rf $(VENV) build out *.egg-info fastsr/_C.so
+	rm -rf $(VENV) build out *.egg-info fastsr/_C.so fastsr/_cuda.so
 
 # A new enough torch that $(PYTHON) can import is kept: .venv then looks through to that Python's packages. Where that
 # Python is itself a virtual environment, only a .pth file makes it do so.
