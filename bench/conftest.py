@@ -15,13 +15,15 @@ from bench.peers import PEERS, RIVALS, Subject
 from bench.races import Outcomes, hold
 
 PLANS = {
-    "network": timing.Plan(5, 25, 25.0),
+    "network": timing.Plan(5, 25, 15.0),
+    "patch": timing.Plan(7, 25, 8.0),
     "operator": timing.Plan(7, 25, 2.0),
     "large": timing.Plan(3, 15, 20.0),
     "accuracy": timing.Plan(0, 0, 0.0),
 }
 QUICK = {
     "network": timing.Plan(3, 7, 3.0),
+    "patch": timing.Plan(3, 7, 3.0),
     "operator": timing.Plan(3, 7, 0.5),
     "large": timing.Plan(3, 5, 3.0),
     "accuracy": timing.Plan(0, 0, 0.0),

@@ -183,7 +183,8 @@ def figures(rows: Sequence[Row]) -> dict[str, Figure]:
         "speedup_f32_48": lambda: charts.speedups(rows, "f32", goals.PATCH),
         "speedup_bf16_48": lambda: charts.speedups(rows, "bf16", goals.PATCH),
         "floor": lambda: charts.floors(rows, ceilings),
-        "sizes": lambda: charts.curve(rows, "carn_m"),
+        "sizes_carn_m": lambda: charts.curve(rows, "carn_m"),
+        "sizes_idn": lambda: charts.curve(rows, "idn"),
         "threads": lambda: charts.scaling(rows, "carn"),
         "memory": lambda: charts.memory(rows),
     }
@@ -207,6 +208,10 @@ def page(rows: Sequence[Row], pictures: dict[str, bytes], base: Sequence[Row] = 
             f'<p><img alt="{name}" src="data:image/png;base64,{base64.b64encode(data).decode()}"></p>' if data else ""
         )
 
+    def section(title: str, *names: str) -> str:
+        found = "".join(map(picture, names))
+        return found and f"<h2>{title}</h2>{found}"
+
     newest = max(rows, key=lambda r: r.race)
     commits = ", ".join(sorted({r.commit for r in rows}))
     rates = "{f32:.0f} GFLOP/s float32, {bf16:.0f} GFLOP/s bfloat16, {copy:.1f} GB/s copying"
@@ -219,10 +224,8 @@ def page(rows: Sequence[Row], pictures: dict[str, bytes], base: Sequence[Row] = 
         "column means. “Others busy” is how many processors other programs took during a race: rows above a tenth are "
         "not to be trusted.</p>",
         "<h2>Goals</h2>", _goals(rows), _slow(rows), picture("speedup_f32"), picture("speedup_bf16"), picture("floor"),
-        "<h2>Small images</h2>" + picture("speedup_f32_48") + picture("speedup_bf16_48")
-        if "speedup_f32_48" in pictures or "speedup_bf16_48" in pictures else "",
-        "<h2>Sizes and threads</h2>" + picture("sizes") + picture("threads")
-        if "sizes" in pictures or "threads" in pictures else "",
+        section("Small images", "speedup_f32_48", "speedup_bf16_48"),
+        section("Sizes and threads", "sizes_carn_m", "sizes_idn", "threads"),
         "<h2>Networks</h2>",
         table_html([*NETWORK_HEAD, *([f"vs {revision}"] if base else [])], network_lines(rows, base)),
     ]  # fmt: skip

@@ -16,8 +16,10 @@ from bench.peers import OURS, Subject, processors
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PATCH = 48  # height and width of the small image of a training patch, at which every network is measured too
 QUICK = ("carn", "carn_m", "idn")
-SIZES = (48, 96, 192, 384, 768, 1024)
-SIZES_OF = "carn_m"  # the network of the curve over sizes
+SIZES = {"carn_m": (96, 192, 384, 768), "idn": (96, 192, 384, 768, 1024)}  # IDN's maps stay small
+MAPS = {"carn_m": 4 * 256 * 4, "idn": 4 * 80}  # bytes of the largest map, a pixel of the small image
+ROOM = 7  # of the largest maps that all peers together hold: OpenVINO keeps its own between calls
+TRUTH = 192  # the largest image whose result is computed in float64; beyond that eager's has to do
 THREADS_OF = "carn"  # the network of the curve over threads
 CURVE = ("eager", "channels_last", "openvino-f32", "openvino-bf16", "fastsr-f32", "fastsr-bf16")
 
@@ -32,7 +34,8 @@ def pytest_generate_tests(metafunc):
     elif test == "test_sizes":
         curve = [p for p in peers if p in CURVE]
         peers = [p for p in curve if p.startswith(("eager", "fastsr", "openvino-f32"))] if quick else curve
-        metafunc.parametrize("size", SIZES[:2] if quick else SIZES)
+        cases = [(n, size) for n, sizes in SIZES.items() for size in (sizes[:1] if quick else sizes)]
+        metafunc.parametrize(("name", "size"), cases, ids=[f"{n}-{size}" for n, size in cases])
     elif test == "test_threads":
         peers = [p for p in peers if p in CURVE]
         counts = [n for n in (1, 2, 4, 8, 16, 32, 64) if n < torch.get_num_threads()] + [torch.get_num_threads()]
@@ -51,18 +54,18 @@ def subject(name: str, size: int) -> Subject:
 
 @pytest.mark.benchmark(timer=recorded)
 def test_network(show, name, size, peer):
-    show(("network", name, f"{size}x{size}"), "network", lambda: subject(name, size), peer)
+    plan = "patch" if size == PATCH else "network"
+    show(("network", name, f"{size}x{size}"), plan, lambda: subject(name, size), peer)
 
 
 @pytest.mark.benchmark(timer=recorded)
-def test_sizes(show, size, peer):
-    """From a training patch to a photograph; float64 takes too long for the large ones, there eager is the truth."""
-    largest = 4 * 256 * (2 * size) ** 2  # bytes of the map before the last shuffle
-    free = _free_memory()
-    if 4 * largest > free:
-        pytest.skip(f"{size}x{size} needs about {4 * largest >> 20} MiB; {free >> 20} MiB are free")
-    key = ("network", SIZES_OF, f"{size}x{size}", "curve")
-    show(key, "large", lambda: subject(SIZES_OF, size), peer, against_float64=size <= 192)
+def test_sizes(show, name, size, peer):
+    """From a training patch to a photograph; `test_network` measures two more sizes."""
+    maps = MAPS[name] * size**2
+    if ROOM * maps > _free_memory():
+        pytest.skip(f"{name} at {size}x{size} needs {ROOM * maps >> 30} GiB, more than are free")
+    key = ("network", name, f"{size}x{size}")
+    show(key, "large", lambda: subject(name, size), peer, against_float64=size <= TRUTH)
 
 
 @pytest.mark.benchmark(timer=recorded)
