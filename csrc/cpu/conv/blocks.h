@@ -15,11 +15,21 @@
 namespace fastsr::cpu {
 namespace {
 
-FASTSR_INLINE std::int64_t min_of(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
-FASTSR_INLINE std::int64_t max_of(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
-FASTSR_INLINE std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }  // a >= 0, b > 0
-FASTSR_INLINE std::int64_t floor_div(std::int64_t a, std::int64_t b) { return a >= 0 ? a / b : -((b - 1 - a) / b); }
-FASTSR_INLINE std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
+FASTSR_INLINE std::int64_t min_of(std::int64_t a, std::int64_t b) {
+  return a < b ? a : b;
+}
+FASTSR_INLINE std::int64_t max_of(std::int64_t a, std::int64_t b) {
+  return a > b ? a : b;
+}
+FASTSR_INLINE std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
+  return (a + b - 1) / b;
+}  // a >= 0, b > 0
+FASTSR_INLINE std::int64_t floor_div(std::int64_t a, std::int64_t b) {
+  return a >= 0 ? a / b : -((b - 1 - a) / b);
+}
+FASTSR_INLINE std::int64_t round_up(std::int64_t a, std::int64_t b) {
+  return ceil_div(a, b) * b;
+}
 
 FASTSR_INLINE bf16 to_bf16(float x) {
   std::uint32_t u;
@@ -31,8 +41,8 @@ FASTSR_INLINE bf16 to_bf16(float x) {
 // How outputs are packed. `phases`: of the algorithm's own, an axis, where one block computes several of them (1: each
 // is computed apart); they come before the shuffle's.
 struct Outputs {
-  int count;   // of all phases
-  int width;   // channels of one phase, the shuffle's included: those that are stored side by side
+  int count;  // of all phases
+  int width;  // channels of one phase, the shuffle's included: those that are stored side by side
   int phases;
   int blocks;
 };
@@ -119,7 +129,9 @@ static inline void pack_outputs(const Shape& s, const Outputs& out, const float*
 // with end_stream(), as such stores are not ordered.
 constexpr std::int64_t kStreamedBytes = 8 << 20;
 
-FASTSR_INLINE void end_stream() { _mm_sfence(); }
+FASTSR_INLINE void end_stream() {
+  _mm_sfence();
+}
 
 // One segment of a block: where its lanes stand among the sixteen, and where they go.
 struct Sink {
@@ -176,8 +188,8 @@ static inline int make_sinks(const Conv& c, const Outputs& out, std::int64_t n, 
     }
     const Emit::Place& o = sink.emit.out;
     const std::int64_t bytes = c.n * c.out_height * c.out_width * s.cout * 4;
-    sink.stream = o.type == kFloat && sink.emit.whole && bytes >= kStreamedBytes &&
-                  o.data % 64 == 0 && o.row % kLanes == 0 && o.pixel % kLanes == 0;
+    sink.stream = o.type == kFloat && sink.emit.whole && bytes >= kStreamedBytes && o.data % 64 == 0 &&
+                  o.row % kLanes == 0 && o.pixel % kLanes == 0;
     p = end;
   }
   return count;
@@ -242,7 +254,7 @@ template <bool kSums, int kAct>
 FASTSR_INLINE Vec finish_simple(const Sink& e, const float* sums, int stride, int pixels, std::int64_t y,
                                 std::int64_t x) {
   return e.emit.out.type == kFloat ? finish_simple<kSums, kAct, float>(e, sums, stride, pixels, y, x)
-                              : finish_simple<kSums, kAct, bf16>(e, sums, stride, pixels, y, x);
+                                   : finish_simple<kSums, kAct, bf16>(e, sums, stride, pixels, y, x);
 }
 
 template <bool kSums>

@@ -12,8 +12,8 @@
 // A task is a tile of the grid of one image. It copies the inputs that the tile reads, with zeros around the image, the
 // prologue applied, all sources side by side and in the type of the products. Neighbouring taps of a row are then
 // contiguous, so that even one input channel makes long runs; for groups, the copy is made by the ranges of channels
-// that are read together. Sums over many inputs are added up in pieces, which is more accurate and lets the weights of a
-// piece stay in the cache.
+// that are read together. Sums over many inputs are added up in pieces, which is more accurate and lets the weights of
+// a piece stay in the cache.
 #pragma once
 
 #include "cpu/conv/blocks.h"
@@ -24,14 +24,14 @@ namespace {
 namespace direct {
 
 constexpr std::int64_t kTileBytes = 384 << 10;  // of copied inputs; unfinished sums may take as many
-constexpr int kPiece = 1024;  // inputs that are summed before they are added to the rest
-constexpr int kStrip = 24;    // pixels that are finished together, a multiple of every register block's
+constexpr int kPiece = 1024;                    // inputs that are summed before they are added to the rest
+constexpr int kStrip = 24;  // pixels that are finished together, a multiple of every register block's
 
 struct Geometry {
-  int phases;   // an axis, all of them
-  bool merged;  // phases are outputs of one grid
-  int stride;   // of the inputs that neighbouring pixels of the grid read
-  int repeat;   // the copy repeats each input so often
+  int phases;     // an axis, all of them
+  bool merged;    // phases are outputs of one grid
+  int stride;     // of the inputs that neighbouring pixels of the grid read
+  int repeat;     // the copy repeats each input so often
   int low, high;  // offsets of the first and the last input that pixel 0 reads in any phase
   int spare;      // pixels that a register block may compute behind a row's last
 };
@@ -41,7 +41,9 @@ struct Axis {
   int offset, taps;
 };
 
-FASTSR_INLINE bool phased_upsample(const Shape& s) { return s.upsample > 1 && s.stride == 1 && !s.transposed; }
+FASTSR_INLINE bool phased_upsample(const Shape& s) {
+  return s.upsample > 1 && s.stride == 1 && !s.transposed;
+}
 
 FASTSR_INLINE Axis phase_axis(const Shape& s, int phase) {
   std::int64_t low = -s.padding, high = s.kernel - 1 - s.padding;
@@ -55,11 +57,17 @@ FASTSR_INLINE Axis phase_axis(const Shape& s, int phase) {
   return {static_cast<int>(low), static_cast<int>(high < low ? 0 : high - low + 1)};
 }
 
-// Whether tap t of the kernel reads the input at an offset, along one axis.
-FASTSR_INLINE bool meets(const Shape& s, int phase, int offset, int t) {
-  if (s.transposed) return t == phase + s.padding - offset * s.stride;
-  if (phased_upsample(s)) return floor_div(phase - s.padding + t, s.upsample) == offset;
-  return t - s.padding == offset;
+// The kernel's taps that read the input at an offset, along one axis.
+FASTSR_INLINE Range kernel_taps(const Shape& s, int phase, int offset) {
+  int begin = offset + s.padding, end = begin + 1;
+  if (s.transposed) {
+    begin = phase + s.padding - offset * s.stride;
+    end = begin + 1;
+  } else if (phased_upsample(s)) {
+    begin = offset * s.upsample - phase + s.padding;
+    end = begin + s.upsample;
+  }
+  return {begin < 0 ? 0 : begin, end > s.kernel ? s.kernel : end};
 }
 
 static inline Geometry geometry(const Shape& s) {
@@ -79,20 +87,25 @@ static inline Geometry geometry(const Shape& s) {
   }
   if (taps == 0) g.low = g.high = 0;
   // Merged phases all read the union of their inputs.
-  const std::int64_t together = ceil_div(s.cout * g.phases * g.phases, kBlock) * (g.high - g.low + 1) * (g.high - g.low + 1);
+  const std::int64_t all = g.high - g.low + 1, together = ceil_div(s.cout * g.phases * g.phases, kBlock) * all * all;
   g.merged = g.phases > 1 && together < ceil_div(s.cout, kBlock) * taps * taps;
-  g.spare = s.groups > 1 ? kMostPixels<1> - 1 : most_pixels(panel_at(0, 0, outputs_of(s, g.merged ? g.phases : 1).blocks).blocks) - 1;
+  const Outputs out = outputs_of(s, g.merged ? g.phases : 1);
+  g.spare = (s.groups > 1 ? kMostPixels<1> : most_pixels(panel_at(0, 0, out.blocks).blocks)) - 1;
   return g;
 }
 
-FASTSR_INLINE Outputs outputs(const Shape& s, const Geometry& g) { return outputs_of(s, g.merged ? g.phases : 1); }
+FASTSR_INLINE Outputs outputs(const Shape& s, const Geometry& g) {
+  return outputs_of(s, g.merged ? g.phases : 1);
+}
 
 FASTSR_INLINE Axis axis(const Shape& s, const Geometry& g, int phase) {
   return g.merged ? Axis{g.low, g.high - g.low + 1} : phase_axis(s, phase);
 }
 
 // Phases that are computed apart, an axis.
-FASTSR_INLINE int passes(const Geometry& g) { return g.merged ? 1 : g.phases; }
+FASTSR_INLINE int passes(const Geometry& g) {
+  return g.merged ? 1 : g.phases;
+}
 
 // Channels that some blocks read, side by side in the copy: in each of its rows, planes come one after the other.
 struct Plane {
@@ -136,7 +149,9 @@ struct Packed {
   void* weights;
 };
 
-FASTSR_INLINE std::int64_t packed_inputs(const Shape& s) { return round_up(s.cin, kBlock) + kBlock; }
+FASTSR_INLINE std::int64_t packed_inputs(const Shape& s) {
+  return round_up(s.cin, kBlock) + kBlock;
+}
 
 FASTSR_INLINE Packed unpack(const Shape& s, const Outputs& out, void* packed) {
   Packed p;
@@ -169,12 +184,10 @@ static inline std::int64_t packed_bytes(const Shape& s) {
 
 // The sum of a kernel's taps that read the input at offsets (y, x) for an output of a phase.
 static inline double tap(const Shape& s, const float* weight, int o, int i, int phase_y, int phase_x, int y, int x) {
+  const Range rows = kernel_taps(s, phase_y, y), columns = kernel_taps(s, phase_x, x);
   double sum = 0.0;
-  for (int ky = 0; ky < s.kernel; ++ky) {
-    if (!meets(s, phase_y, y, ky)) continue;
-    for (int kx = 0; kx < s.kernel; ++kx) {
-      if (meets(s, phase_x, x, kx)) sum += weight_at(s, weight, o, i, ky, kx);
-    }
+  for (int ky = rows.begin; ky < rows.end; ++ky) {
+    for (int kx = columns.begin; kx < columns.end; ++kx) sum += weight_at(s, weight, o, i, ky, kx);
   }
   return sum;
 }
@@ -206,7 +219,8 @@ static inline void pack(const Shape& s, const float* weight, const float* bias, 
         const int lanes = panel.blocks * kLanes;
         for (std::int64_t k = 0; k < static_cast<std::int64_t>(y.taps) * x.taps * plane.width; ++k) {
           const int i = plane.inputs.begin + static_cast<int>(k % plane.width);
-          const int tap_y = static_cast<int>(k / plane.width / x.taps), tap_x = static_cast<int>(k / plane.width % x.taps);
+          const int tap_y = static_cast<int>(k / plane.width / x.taps);
+          const int tap_x = static_cast<int>(k / plane.width % x.taps);
           for (int lane = 0; lane < lanes; ++lane) {
             const int position = block * kBlock + lane, phase = g.merged ? position / s.cout : 0;
             const bool inside = position < out.count && i < plane.inputs.end;
@@ -291,11 +305,11 @@ static inline Plan plan(const Conv& c, int threads) {
 // The copy of a tile's inputs. Its rows are made when they are first read.
 template <typename T>
 struct Copy {
-  std::int64_t n, height, width;  // the (repeated) image
-  std::int64_t y, x;              // where it begins there; it may reach over the edges
+  std::int64_t n, height, width;       // the (repeated) image
+  std::int64_t y, x;                   // where it begins there; it may reach over the edges
   std::int64_t rows, columns, needed;  // `needed` of the columns have values
   std::int64_t made;                   // rows so far
-  std::int64_t row;  // elements
+  std::int64_t row;                    // elements
   T* data;
   const Plane* planes;
   int plane_count;
@@ -308,14 +322,16 @@ FASTSR_INLINE void convert(const From* from, To* to, std::int64_t count) {
   } else {
     std::int64_t i = 0;
     for (; i + kLanes <= count; i += kLanes) store(to + i, load(from + i));
-    if (i < count) store(to + i, load(from + i, first(static_cast<int>(count - i))), first(static_cast<int>(count - i)));
+    const Mask rest = first(static_cast<int>(count - i));
+    if (i < count) store(to + i, load(from + i, rest), rest);
   }
 }
 
 // `width` channels of `count` pixels of one row, the first of them pixel x of the repeated image.
 template <bool kPre, typename From, typename To>
 static inline void copy_pixels(const Shape& s, const Geometry& g, const Map& map, const From* from, std::int64_t x,
-                               std::int64_t count, int width, const float* scale, const float* shift, To* to, int step) {
+                               std::int64_t count, int width, const float* scale, const float* shift, To* to,
+                               int step) {
   if (!kPre && g.repeat == 1 && map.pixel == width && step == width) {
     return convert(from + x * map.pixel, to, count * width);
   }
@@ -362,7 +378,7 @@ static inline void make_row(const Conv& c, const Geometry& g, const Packed& p, C
     std::memset(to, 0, copy.row * sizeof(T));
     return;
   }
-  const std::int64_t first = min_of(max_of(0, -copy.x), copy.needed);            // columns before the image
+  const std::int64_t first = min_of(max_of(0, -copy.x), copy.needed);                // columns before the image
   const std::int64_t end = max_of(first, min_of(copy.needed, copy.width - copy.x));  // the first behind it
   for (int k = 0; k < copy.plane_count; ++k) {
     const Plane& plane = copy.planes[k];
@@ -477,8 +493,19 @@ static inline void run_tile(const Conv& c, const Plan& plan, std::int64_t task, 
   const std::int64_t y = tile_y * plan.own[kTileRows], x = tile_x * plan.own[kTileColumns];
   const std::int64_t rows = min_of(plan.own[kTileRows], ceil_div(c.out_height, g.phases) - y);
   const std::int64_t columns = min_of(plan.own[kTileColumns], ceil_div(c.out_width, g.phases) - x);
-  Copy<T> copy = {n, c.height * g.repeat, c.width * g.repeat, y * g.stride + g.low, x * g.stride + g.low, copied_rows(g, rows), copied_columns(g, columns), copied_columns(g, columns) - g.spare * g.stride, 0,
-                  copied_columns(g, columns) * channels, reinterpret_cast<T*>(memory), planes, plane_count};
+  Copy<T> copy = {n,
+                  c.height * g.repeat,
+                  c.width * g.repeat,
+                  y * g.stride + g.low,
+                  x * g.stride + g.low,
+                  copied_rows(g, rows),
+                  copied_columns(g, columns),
+                  copied_columns(g, columns) - g.spare * g.stride,
+                  0,
+                  copied_columns(g, columns) * channels,
+                  reinterpret_cast<T*>(memory),
+                  planes,
+                  plane_count};
 
   float* partial = nullptr;
   const std::int64_t partial_row = plan.own[kTilesX] * c.partial.row;
@@ -496,17 +523,40 @@ static inline void run_tile(const Conv& c, const Plan& plan, std::int64_t task, 
     for (int k = 0; k < plane_count; ++k) {
       for (int block = planes[k].first_block; block < planes[k].end_block;) {
         const Panel panel = panel_at(block, planes[k].first_block, planes[k].end_block);
-        Job<T> job = {c,      g,     p,        copy,  y,     x,    rows,    columns,
-                      tap_y,  tap_x, planes[k], panel, sinks, sink, sink,    weights,
-                      reinterpret_cast<float*>(memory + plan.own[kSumsAt]), partial, partial_row};
+        Job<T> job = {c,
+                      g,
+                      p,
+                      copy,
+                      y,
+                      x,
+                      rows,
+                      columns,
+                      tap_y,
+                      tap_x,
+                      planes[k],
+                      panel,
+                      sinks,
+                      sink,
+                      sink,
+                      weights,
+                      reinterpret_cast<float*>(memory + plan.own[kSumsAt]),
+                      partial,
+                      partial_row};
         while (job.sink_end < sink_end && sinks[job.sink_end].block < block + panel.blocks) ++job.sink_end;
         switch (panel.blocks) {
 #if defined(__AVX512F__)
-          case 4: run_panel<4>(job); break;
-          case 3: run_panel<3>(job); break;
-          case 2: run_panel<2>(job); break;
+          case 4:
+            run_panel<4>(job);
+            break;
+          case 3:
+            run_panel<3>(job);
+            break;
+          case 2:
+            run_panel<2>(job);
+            break;
 #endif
-          default: run_panel<1>(job);
+          default:
+            run_panel<1>(job);
         }
         sink = job.sink_end;
         weights += weight_count(planes[k], panel.blocks, tap_y, tap_x);

@@ -1,9 +1,9 @@
-// Convolution to at most four outputs, such as a network's last: vectorised over input channels.
+// Convolution to a few outputs, such as a network's last: vectorised over input channels.
 //
 // A register block is a few neighbouring pixels times all outputs, each a vector of sixteen partial sums that are added
-// up at the end. Phases of a transposed convolution are outputs too. Inputs are read where they lie, but for blocks that
-// reach over the image's edge, which read a small zero-padded copy, and for a prologue, which asks for a copy of the
-// whole tile. Arithmetic is always in float32.
+// up at the end. Phases of a transposed convolution are outputs too. Inputs are read where they lie, but for blocks
+// that reach over the image's edge, which read a small zero-padded copy, and for a prologue, which asks for a copy of
+// the whole tile. Arithmetic is always in float32.
 #pragma once
 
 #include "cpu/conv/blocks.h"
@@ -23,7 +23,9 @@ constexpr int kPixels =
 #if defined(__AVX512F__)
     24 / kOutputs;
 #else
-    kOutputs == 1 ? 6 : kOutputs == 2 ? 3 : 2;
+    kOutputs == 1   ? 6
+    : kOutputs == 2 ? 3
+                    : 2;
 #endif
 
 // Phases are always outputs side by side.
@@ -31,7 +33,7 @@ static inline direct::Geometry geometry(const Shape& s) {
   direct::Geometry g = direct::geometry(s);
   g.merged = g.phases > 1;
   const int count = s.cout * g.phases * g.phases;
-  g.spare = (count == 1 ? kPixels<1> : count == 2 ? kPixels<2> : count == 3 ? kPixels<3> : kPixels<4>) - 1;
+  g.spare = (count == 1 ? kPixels<1> : count == 2 ? kPixels<2> : count == 3 ? kPixels<3> : kPixels<4>)-1;
   return g;
 }
 
@@ -40,8 +42,10 @@ static inline const char* refuse(const Shape& s) {
   if (s.bf16_products) return "it multiplies in float32 only";
   if (s.groups != 1) return "it has groups";
   const direct::Geometry g = geometry(s);
-  if (s.cout * g.phases * g.phases > kMostOutputs) return "it has more than four outputs, all phases counted";
+  const int count = s.cout * g.phases * g.phases;
+  if (count > kMostOutputs) return "it has more than four outputs, all phases counted";
   if (g.repeat > 1) return "it enlarges its input and strides";
+  if (s.cin < 2 * count) return "its inputs are too few to be vectorised over";
   return nullptr;
 }
 
@@ -53,7 +57,9 @@ FASTSR_INLINE std::int64_t vectors(const Shape& s) {
   return count;
 }
 
-FASTSR_INLINE int taps(const direct::Geometry& g) { return g.high - g.low + 1; }
+FASTSR_INLINE int taps(const direct::Geometry& g) {
+  return g.high - g.low + 1;
+}
 
 static inline std::int64_t packed_bytes(const Shape& s) {
   const direct::Geometry g = geometry(s);
@@ -89,7 +95,9 @@ static inline void pack(const Shape& s, const float* weight, const float* bias, 
   }
 }
 
-FASTSR_INLINE bool copied(const Shape& s) { return s.has_pre || s.pre_relu; }
+FASTSR_INLINE bool copied(const Shape& s) {
+  return s.has_pre || s.pre_relu;
+}
 
 // Plan::own: rows of a tile, tiles along y and x, and where in the scratch the sinks, the planes and the copy begin.
 enum Own { kRows, kTilesY, kTilesX, kSinksAt, kPlanesAt, kCopyAt };
@@ -111,7 +119,7 @@ static inline Plan plan(const Conv& c, int threads) {
   p.own[kRows] = rows;
   p.own[kTilesY] = ceil_div(grid_y, rows);
   p.own[kTilesX] = tiles_x;
-  p.own[kSinksAt] = round_up((kTileColumns + kPixels<1>) * kMostOutputs * 4 + 64, 64);
+  p.own[kSinksAt] = round_up((kTileColumns + kPixels<1>)*kMostOutputs * 4 + 64, 64);
   p.own[kPlanesAt] = p.own[kSinksAt] + sink_count(out) * static_cast<std::int64_t>(sizeof(Sink));
   p.own[kCopyAt] = p.own[kPlanesAt] + round_up(s.sources * static_cast<std::int64_t>(sizeof(direct::Plane)), 64);
   p.scratch = p.own[kCopyAt] + (copied(s) ? direct::copied_rows(g, rows) * row : block);
@@ -241,8 +249,9 @@ static inline void run_tile(const Conv& c, const Plan& plan, std::int64_t task, 
   const std::int64_t columns = min_of(kTileColumns, ceil_div(c.out_width, g.phases) - x0);
   const int sink_end = make_sinks(c, out, n, g.phases, 0, 0, p.bias, p.slope, sinks);
 
-  direct::Copy<float> copy = {n, c.height, c.width, 0, 0, 0, 0, 0, 0, 0, reinterpret_cast<float*>(memory + plan.own[kCopyAt]),
-                              planes, s.sources};
+  direct::Copy<float> copy = {
+      n,      c.height, c.width, 0, 0, 0, 0, 0, 0, 0, reinterpret_cast<float*>(memory + plan.own[kCopyAt]),
+      planes, s.sources};
   auto start_copy = [&](std::int64_t y, std::int64_t x, std::int64_t count_y, std::int64_t count_x) {
     copy.y = y * g.stride + g.low;
     copy.x = x * g.stride + g.low;
@@ -272,8 +281,8 @@ static inline void run_tile(const Conv& c, const Plan& plan, std::int64_t task, 
         tap_end = static_cast<int>(max_of(tap_begin, min_of(tap_end, c.height - top)));
         for (int i = 0; i < s.sources; ++i) {
           const Map& m = c.in[i];
-          sources[i] = {m.data + (n * m.image + top * m.row + left * m.pixel) * width_of(m.type), m.row, m.pixel, m.type,
-                        s.widths[i]};
+          sources[i] = {m.data + (n * m.image + top * m.row + left * m.pixel) * width_of(m.type), m.row, m.pixel,
+                        m.type, s.widths[i]};
         }
         // The next row of the grid reads as many new rows of the inputs as the stride.
         if (y + 1 < y0 + rows) prefetch_row(sources, s.sources, taps(g), kCount * g.stride);
@@ -282,8 +291,8 @@ static inline void run_tile(const Conv& c, const Plan& plan, std::int64_t task, 
         while (copy.made < min_of(copy.rows, top + taps(g) - copy.y)) direct::make_row(c, g, p, copy);
         for (int i = 0; i < s.sources; ++i) {
           const direct::Plane& plane = planes[i];
-          const float* at = copy.data + (top - copy.y) * copy.row + copy.columns * plane.begin +
-                            (left - copy.x) * plane.width;
+          const float* at =
+              copy.data + (top - copy.y) * copy.row + copy.columns * plane.begin + (left - copy.x) * plane.width;
           sources[i] = {reinterpret_cast<std::int64_t>(at), copy.row, plane.width, kFloat, plane.width};
         }
       }
@@ -303,10 +312,14 @@ static inline void run_tile(const Conv& c, const Plan& plan, std::int64_t task, 
 
 static inline void run(const Conv& c, const Plan& plan, std::int64_t task, void* scratch) {
   switch (c.shape.cout * geometry(c.shape).phases * geometry(c.shape).phases) {
-    case 1: return run_tile<1>(c, plan, task, scratch);
-    case 2: return run_tile<2>(c, plan, task, scratch);
-    case 3: return run_tile<3>(c, plan, task, scratch);
-    default: return run_tile<4>(c, plan, task, scratch);
+    case 1:
+      return run_tile<1>(c, plan, task, scratch);
+    case 2:
+      return run_tile<2>(c, plan, task, scratch);
+    case 3:
+      return run_tile<3>(c, plan, task, scratch);
+    default:
+      return run_tile<4>(c, plan, task, scratch);
   }
 }
 

@@ -1,7 +1,7 @@
 // 1x1 convolution of stride 1, which reads its sources where they lie: a concatenation is a list of segments.
 //
-// A task is a few rows of one image, worked through in strips of pixels. Sources whose type is not that of the products,
-// or that have a prologue, are converted a strip at a time. Weights are packed as those of the direct form.
+// A task is a few rows of one image, worked through in strips of pixels. Sources whose type is not that of the
+// products, or that have a prologue, are converted a strip at a time. Weights are packed as those of the direct form.
 #pragma once
 
 #include "cpu/conv/blocks.h"
@@ -12,10 +12,10 @@ namespace fastsr::cpu {
 namespace {
 namespace pointwise {
 
-constexpr int kStrip = 24;                   // pixels that are finished together, a multiple of every register block's
-constexpr int kStripsTogether = 4;           // that go through each panel and piece of the weights in turn
-constexpr int kSegment = 64;                 // channels of a segment: what is prefetched at once must not be much
-constexpr int kAhead = 3;                    // register blocks from the one that is summed to that which is prefetched
+constexpr int kStrip = 24;          // pixels that are finished together, a multiple of every register block's
+constexpr int kStripsTogether = 4;  // that go through each panel and piece of the weights in turn
+constexpr int kSegment = 64;        // channels of a segment: what is prefetched at once must not be much
+constexpr int kAhead = 3;           // register blocks from the one that is summed to that which is prefetched
 constexpr std::int64_t kTaskPixels = 1024;
 
 // Some channels of a strip: pixels are `pixel` elements apart. Several segments make a piece, which is summed before it
@@ -30,7 +30,9 @@ struct Segment {
   bool ends_piece, last;
 };
 
-FASTSR_INLINE std::int64_t most_segments(const Shape& s) { return s.sources + s.cin / kSegment + 1; }
+FASTSR_INLINE std::int64_t most_segments(const Shape& s) {
+  return s.sources + s.cin / kSegment + 1;
+}
 
 static inline const char* refuse(const Shape& s) {
   if (s.kernel != 1) return "kernel is not 1";
@@ -135,7 +137,9 @@ static inline void sum_panel(const Segment<T>* segment, const T* w, int pixels, 
 }
 
 // Whether rows of a map follow one another without a gap.
-FASTSR_INLINE bool joined(const Map& m, std::int64_t width) { return m.data == 0 || m.row == width * m.pixel; }
+FASTSR_INLINE bool joined(const Map& m, std::int64_t width) {
+  return m.data == 0 || m.row == width * m.pixel;
+}
 
 static inline bool all_joined(const Conv& c) {
   bool all = c.shape.shuffle == 1 && c.partial.data == 0 && joined(c.out, c.width) && joined(c.factor, c.width) &&
@@ -159,8 +163,8 @@ static inline void cut(const Conv& c, const direct::Plane& plane, const T* conve
     if (s.bf16_products) length += length % 2;  // of converted inputs
     const Map& m = c.in[source];
     const std::int64_t size = width_of(m.type);
-    segment->map = reinterpret_cast<const char*>(
-        m.data + (n * m.image + y * m.row + x * m.pixel + channel - begin) * size);
+    segment->map =
+        reinterpret_cast<const char*>(m.data + (n * m.image + y * m.row + x * m.pixel + channel - begin) * size);
     segment->map_pixel = m.pixel * size;
     segment->map_bytes = static_cast<int>(length * size);
     segment->at = converted != nullptr ? converted + k : reinterpret_cast<const T*>(segment->map);
@@ -211,7 +215,8 @@ static inline void run_rows(const Conv& c, const Plan& plan, std::int64_t task, 
     for (std::int64_t x = 0; x < width; x += together) {
       const int pixels = static_cast<int>(min_of(together, width - x));
       if (!direct_read) {
-        direct::Copy<T> copy = {n, c.height, width, y, x, 1, pixels, pixels, 0, pixels * channels, converted, planes, plane_count};
+        direct::Copy<T> copy = {n, c.height,          width,     y,      x,          1, pixels, pixels,
+                                0, pixels * channels, converted, planes, plane_count};
         direct::make_row(c, g, p, copy);
       }
       const T* weights = static_cast<const T*>(p.weights);
@@ -225,11 +230,18 @@ static inline void run_rows(const Conv& c, const Plan& plan, std::int64_t task, 
           const int ahead = block > plane.first_block ? 0 : direct_read ? -1 : static_cast<int>(together);
           switch (panel.blocks) {
 #if defined(__AVX512F__)
-            case 4: sum_panel<4>(segments, weights, pixels, ahead, sums); break;
-            case 3: sum_panel<3>(segments, weights, pixels, ahead, sums); break;
-            case 2: sum_panel<2>(segments, weights, pixels, ahead, sums); break;
+            case 4:
+              sum_panel<4>(segments, weights, pixels, ahead, sums);
+              break;
+            case 3:
+              sum_panel<3>(segments, weights, pixels, ahead, sums);
+              break;
+            case 2:
+              sum_panel<2>(segments, weights, pixels, ahead, sums);
+              break;
 #endif
-            default: sum_panel<1>(segments, weights, pixels, ahead, sums);
+            default:
+              sum_panel<1>(segments, weights, pixels, ahead, sums);
           }
           int sink_end = sink;
           while (sink_end < sink_count && sinks[sink_end].block < block + panel.blocks) ++sink_end;

@@ -116,7 +116,10 @@ static inline void sum_block(const T* a, const Walk& walk, const T* w, bool firs
 template <int kBlocks>
 constexpr int kMostPixels =
 #if defined(__AVX512F__)
-    kBlocks == 4 ? 6 : kBlocks == 3 ? 8 : kBlocks == 2 ? 12 : 24;
+    kBlocks == 4   ? 6
+    : kBlocks == 3 ? 8
+    : kBlocks == 2 ? 12
+                   : 24;
 #else
     6;
 #endif
