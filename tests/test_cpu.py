@@ -1,0 +1,342 @@
+"""Operators and networks on the CPU engine: programs, exactness, determinism, what still runs eager, gradients.
+
+Each convolution form by itself is tested by test_engine.py, and every operator against its definition by test_ops.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastsr
+from conftest import ROOT, parity_case, require_backend, rms_error
+from fastsr import _cpu, _library, packing
+from fastsr.models import NETWORKS
+from fastsr.op import OPS, _replace, _tensors
+from test_models import UNUSUAL
+from test_ops import CASES, samples
+
+LAYOUTS = ("contiguous", "channels_last")
+PROGRAMS = [(name, i) for name, i in CASES if OPS[name].recipe_of is not None]
+
+
+@pytest.fixture(autouse=True)
+def cpu():
+    require_backend("cpu")
+    with fastsr.use("cpu"):
+        yield
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads, and back at the end."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# Programs.
+
+
+@given(st.lists(st.tuples(st.integers(1, 300), st.integers(0, 9), st.integers(0, 9)), max_size=12))
+def test_buffers_alive_together_do_not_overlap(buffers):
+    sizes = [64 * size - size % 5 for size, _, _ in buffers]
+    lives = [(min(a, b), max(a, b)) for _, a, b in buffers]
+    places, total = _cpu.offsets(sizes, lives)
+    for i, (at, size, life) in enumerate(zip(places, sizes, lives, strict=True)):
+        assert at % _cpu.ALIGNMENT == 0 and 0 <= at <= at + size <= total
+        for other, length, (first, last) in list(zip(places, sizes, lives, strict=True))[:i]:
+            apart = at + size <= other or other + length <= at
+            assert apart or last < life[0] or life[1] < first
+
+
+def test_memory_is_shared_once_a_buffer_is_done_with():
+    """A chain needs two buffers, whatever its length."""
+    places, total = _cpu.offsets([640] * 9, [(i, i + 1) for i in range(9)])
+    assert total == 1280 and sorted(set(places)) == [0, 640]
+
+
+def runner(name: str, sample) -> _cpu.Runner:
+    return _cpu.Runner(OPS[name], *OPS[name]._bind(sample))
+
+
+@pytest.mark.parametrize(("name", "i"), PROGRAMS)
+def test_programs_depend_on_no_values_and_no_identities(name, i):
+    """The same arguments once all different tensors, once as many of them the same as shapes allow."""
+    sample = samples(name, dtype=torch.float32)[i]
+    first: dict[tuple[int, ...], Tensor] = {}
+    merged = _replace(sample, [first.setdefault(tuple(t.shape), t) for t in _tensors(sample)])
+    assert torch.equal(runner(name, sample)._program("float32").code, runner(name, merged)._program("float32").code)
+
+
+@pytest.mark.parametrize(("name", "i"), PROGRAMS)
+def test_layouts_in_place_need_no_copies(name, i):
+    sample = samples(name, dtype=torch.float32, layout="channels_last")[i]
+    images = [t for t in _cpu._recipe(OPS[name], OPS[name]._bind(sample)).inputs.values() if t.dim() == 4]
+    if any(t.shape[2] * t.shape[3] == 1 for t in images):
+        pytest.skip("one pixel has no layout")
+    steps = torch.ops.fastsr_cpu.profile(*_tensors_and_code(name, sample))
+    recipe = _cpu._recipe(OPS[name], OPS[name]._bind(sample))
+    sums = sum(getattr(step, "sums", None) is not None and hasattr(step, "sources") for step in recipe.steps)
+    assert len(steps) == len(recipe.steps) + sums
+
+
+def _tensors_and_code(name: str, sample) -> tuple[list[Tensor], Tensor]:
+    args = OPS[name]._bind(sample)
+    tensors, program = _cpu.Runner(OPS[name], *args).tensors(OPS[name]._allocate(args), *args)
+    return tensors, program.code
+
+
+# What is computed.
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_slices_are_read_and_only_the_output_is_written(name, i, layout):
+    """Inputs within NaN on all sides, the output within guards: the same bits, and no guard is touched."""
+    sample = samples(name, dtype=torch.float32, layout=layout)[i]
+    op = OPS[name]
+    expected = op(*sample)
+
+    def surrounded(t: Tensor) -> Tensor:
+        if t.dim() != 4:
+            return t
+        n, c, h, w = t.shape
+        whole = torch.full((n, c + 5, h + 2, w + 3), torch.nan).to(memory_format=torch.contiguous_format)
+        if t.stride(1) == 1 and c > 1:
+            whole = whole.to(memory_format=torch.channels_last)
+        return whole[:, 2 : c + 2, 1 : h + 1, 1 : w + 1].copy_(t)
+
+    args = op._bind(_replace(sample, [surrounded(t) for t in _tensors(sample)]))
+    spec = op._allocate(args)
+    memory = torch.full((spec.numel() + 64,), -7.0)
+    out = torch.as_strided(memory, spec.shape, spec.stride(), 32)
+    op._backends["cpu"].prepare(*args)(out, *args)
+    torch.testing.assert_close(out, expected, rtol=2e-5, atol=2e-6)
+    assert (memory[:32] == -7).all() and (memory[-32:] == -7).all() and not (out == -7).any()
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_bits_depend_neither_on_threads_nor_on_the_batch(name, i, threads):
+    sample = samples(name, dtype=torch.float32, layout="channels_last")[i]
+    n = _tensors(sample)[0].shape[0]
+    images = {id(t) for t in _images(name, sample)}
+    batch = _replace(sample, [torch.cat([t, t.flip(0) * 0.5, t]) if id(t) in images else t for t in _tensors(sample)])
+    threads(1)
+    expected = OPS[name](*batch)
+    for count in (2, 3):
+        threads(count)
+        assert torch.equal(OPS[name](*batch), expected)
+    for part in (expected[:n], expected[2 * n :]):
+        assert torch.equal(OPS[name](*sample), part)
+
+
+def _images(name: str, sample) -> list[Tensor]:
+    """The tensors of a sample that have one entry an image."""
+    if OPS[name].recipe_of is None:
+        return [sample[0]]
+    return list(_cpu._recipe(OPS[name], OPS[name]._bind(sample)).inputs.values())
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_nan_in_nan_out(name, i, dtype):
+    """Wherever the definition has one."""
+    sample = samples(name, dtype=dtype)[i]
+    op = OPS[name]
+    image = _images(name, sample)[0]
+    image[0, 0, image.shape[2] // 2, image.shape[3] // 3] = torch.nan
+    wanted = op.eager(*sample).isnan()
+    assert wanted.any() and op(*sample).isnan()[wanted].all()
+
+
+@pytest.mark.parametrize(("name", "i"), PROGRAMS)
+@pytest.mark.parametrize("products", ("bfloat16", "careful"))
+def test_bfloat16_products_of_frozen_weights(name, i, products):
+    """float32 in and out. Of white noise, which these samples are, F(4x4, 3x3) loses 1.25e-2, more than of images."""
+    sample = samples(name, dtype=torch.float32, layout="channels_last")[i]
+    exact = OPS[name].eager(*_replace(sample, [t.double() for t in _tensors(sample)]))
+    plain = OPS[name](*sample)
+    packing.freeze(_tensors(sample), products)
+    made = OPS[name](*sample)
+    assert made.dtype == torch.float32
+    steps = len(_cpu._recipe(OPS[name], OPS[name]._bind(sample)).steps)
+    assert rms_error(made, exact) <= 1.5e-2 * steps
+    if _library.isa() != "avx512_bf16":
+        assert torch.equal(made, plain)
+
+
+def test_the_careful_way_is_more_exact():
+    if _library.isa() != "avx512_bf16":
+        pytest.skip("bfloat16 products need AVX512-BF16")
+    errors = {}
+    for products in ("float32", "careful", "bfloat16"):
+        sample = samples("res_block", dtype=torch.float32)[2]
+        exact = OPS["res_block"].eager(*_replace(sample, [t.double() for t in _tensors(sample)]))
+        packing.freeze(_tensors(sample), products)
+        errors[products] = rms_error(OPS["res_block"](*sample), exact)
+    assert errors["float32"] < 2e-6 < 1e-4 < errors["careful"] < errors["bfloat16"] < 2e-2
+
+
+@pytest.mark.skipif("FASTSR_CPU_ISA" in os.environ, reason="one level of the others")
+@pytest.mark.parametrize("level", ("avx2", "avx512"))
+def test_the_other_levels(level):
+    """Every operator, and small networks, on the kernels for lesser processors."""
+    offered = ("baseline", "avx2", "avx512", "avx512_bf16")
+    if offered.index(level) >= offered.index(_library.isa() or "baseline"):
+        pytest.skip(f"this processor is not above {level}")
+    tests = ["tests/test_ops.py", "tests/test_models.py"]
+    chosen = "(forward and cpu and not float64) or (parity and cpu and tiny and not float64)"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests, "-k", chosen]
+    environment = os.environ | {"FASTSR_CPU_ISA": level, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+# Reasons.
+
+
+def test_reasons():
+    x, weight = torch.rand(1, 16, 5, 5), torch.rand(16, 16, 3, 3)
+    op = OPS["conv_act"]
+    assert op.reasons([x], weight)["cpu"] is None
+    assert op.reasons([x.double()], weight.double())["cpu"] == "dtype=torch.float64 (needs float32 or bfloat16)"
+    many = op.reasons([x] * 25, torch.rand(16, 16 * 25, 3, 3))["cpu"]
+    assert many == "25 maps read as one (at most 24)"
+    assert op.reasons([x], torch.rand(16, 16, 3, 1))["cpu"] == "a kernel of 3x1 (needs square ones)"
+    empty = OPS["res_block"].reasons(x[:0], weight, None, weight, None)["cpu"]
+    assert empty is not None and empty.startswith("a tensor is empty: ")
+    meta = op.reasons([x.to("meta")], weight.to("meta"))["cpu"]
+    assert meta == "the tensors are on meta; this backend computes on the CPU"
+    with fastsr.use(None):
+        assert torch.isfinite(op([x] * 25, torch.rand(16, 16 * 25, 3, 3))).all()
+
+
+# Networks.
+
+
+FEWER = {
+    "rcan": {"groups": 2, "blocks": 2},
+    "rcan_basicsr": {"groups": 2, "blocks": 2},
+    "rdn": {"D": 2},
+    "rdn_original": {"D": 2},
+    "rdn_plain": {"D": 2},
+    "dbpn": {"stages": 3},
+    "ddbpn": {"stages": 3},
+    "esrgan": {"blocks": 2},
+    "memnet": {"num_memblock": 2},
+    "memnet_original": {"num_memblock": 2},
+}  # of the same blocks
+
+
+@pytest.mark.parametrize("network", [n for n in NETWORKS if n.name != "outdoor_scene_seg"], ids=lambda n: n.name)
+def test_what_still_runs_eager(network):
+    """No operator of any network, in no mode; parts that are torch's own (discriminators) are no operators of ours."""
+    model = fastsr.create(network.name, **FEWER.get(network.name, {})).eval()
+    if not model.scales:
+        pytest.skip("its parts are torch's own")
+    low, high = model.value_range
+    x = torch.rand(1, 1 if model.colour == "y" else 3, 8, 9) * (high - low) + low
+    calls = []
+    with fastsr.use(None):
+        for scale in model.scales:
+            extra = {"condition": torch.rand(1, 8, 8 * scale, 9 * scale)} if network.name == "sftgan" else {}
+            for m in (model, fastsr.optimize(model), fastsr.optimize(model, dtype=torch.bfloat16)):
+                calls += fastsr.explain(m.super_resolve, x, scale, **extra)
+            extra = {name: t.bfloat16() for name, t in extra.items()}
+            calls += fastsr.explain(model.bfloat16().super_resolve, x.bfloat16(), scale, **extra)
+            model.float()
+    assert calls
+    assert {(c.op, c.refused.get("cpu")) for c in calls if c.backend != "cpu"} == set()
+
+
+@pytest.mark.parametrize(("name", "config"), UNUSUAL, ids=lambda v: v if isinstance(v, str) else "")
+def test_other_sizes(name, config):
+    torch.manual_seed(0)
+    model = fastsr.create(name, **config).eval()
+    low, high = model.value_range
+    channels = 1 if model.colour == "y" or config.get("channels") == 1 else 3
+    for scale in model.scales:
+        for shape in ((2, channels, 7, 10), (1, channels, 1, 1), (1, channels, 1, 6)):
+            x = torch.rand(shape) * (high - low) + low
+            with torch.no_grad(), fastsr.use("eager"):
+                exact = copy.deepcopy(model).double().super_resolve(x.double(), scale)
+                plain = model.super_resolve(x, scale)
+            with torch.no_grad():
+                made, frozen = model.super_resolve(x, scale), fastsr.optimize(model).super_resolve(x, scale)
+            assert max(rms_error(made, exact), rms_error(frozen, exact)) <= 2 * rms_error(plain, exact) + 5e-6
+
+
+TRAINED = [
+    *(ROOT / "tests" / "weights" / f"{name}_small_x2.safetensors" for name in ("rcan", "rdn", "esrgan")),
+    ROOT / "fastsr" / "train" / "weights" / "carn_m_x234.safetensors",
+]
+
+
+@pytest.mark.parametrize("file", TRAINED, ids=lambda file: file.stem)
+def test_bfloat16_is_no_less_exact_than_autocast(file):
+    """On trained networks, and with a picture that has edges and waves."""
+    model = fastsr.load(file)
+    low, high = model.value_range
+    rows, columns = torch.meshgrid(torch.arange(40.0), torch.arange(36.0), indexing="ij")
+    picture = 0.5 + 0.4 * torch.sin(rows / 3 + torch.tensor([0.0, 1, 2])[:, None, None]) * torch.cos(columns / 2)
+    picture = torch.where(rows > columns + 9, 1 - picture, picture)[None] * (high - low) + low
+    scale = 2
+    with torch.inference_mode():
+        made = fastsr.optimize(model, dtype=torch.bfloat16).super_resolve(picture, scale)
+        with fastsr.use("eager"):
+            exact = copy.deepcopy(model).double().super_resolve(picture.double(), scale)
+            with torch.autocast("cpu", torch.bfloat16):
+                autocast = model.super_resolve(picture, scale)
+    assert rms_error(made, exact) < rms_error(autocast, exact)
+
+
+# Gradients.
+
+
+@pytest.mark.parametrize(("name", "i"), CASES)
+def test_gradients_are_those_of_the_definition(name, i):
+    sample = samples(name, dtype=torch.float32, grad=True)[i]
+
+    def gradients() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(OPS[name](*sample).square().mean(), _tensors(sample))
+
+    made = gradients()
+    with fastsr.use("eager"):
+        expected = gradients()
+    for m, e in zip(made, expected, strict=True):
+        torch.testing.assert_close(m, e, rtol=1e-3, atol=1e-4 * e.abs().max().item())
+
+
+def test_training_goes_the_same_way():
+    """With the kernels and without: the same losses, but for rounding."""
+    case = parity_case("rcan_tiny_x4")
+    x, target = (
+        case.tensors["input"][:, :, :12, :12],
+        torch.rand(1, 3, 48, 48, generator=torch.Generator().manual_seed(3)),
+    )
+
+    def losses(backend: str) -> list[float]:
+        model = fastsr.load(case.state_dict()).train()
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        found = []
+        with fastsr.use(backend):
+            for _ in range(8):
+                loss = (model(x) / 255 - target).abs().mean()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                found.append(loss.item())
+        return found
+
+    made, expected = losses("cpu"), losses("eager")
+    assert expected[-1] < 0.9 * expected[0]
+    assert made == pytest.approx(expected, rel=1e-3)
