@@ -134,13 +134,14 @@ __global__ void __launch_bounds__(kGateThreads) scale_kernel(const __grid_consta
   const T* from = reinterpret_cast<const T*>(p.x.data) + at(p.x);
   T* to = reinterpret_cast<T*>(p.out.data) + at(p.out);
   const float* gate = reinterpret_cast<const float*>(p.gate.data) + n * p.channels + channel;
+  const auto factor = [&](int e) { return p.gate.data != 0 ? gate[e] : 1.0f; };
   if (p.vector) {
     Octet<T> v = *reinterpret_cast<const Octet<T>*>(from);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) v.v[e] = from_float<T>(to_float(v.v[e]) * gate[e]);
+    for (int e = 0; e < 8; ++e) v.v[e] = from_float<T>(to_float(v.v[e]) * factor(e));
     *reinterpret_cast<Octet<T>*>(to) = v;
   } else {
-    for (int e = 0; e < 8 && channel + e < p.channels; ++e) to[e] = from_float<T>(to_float(from[e]) * gate[e]);
+    for (int e = 0; e < 8 && channel + e < p.channels; ++e) to[e] = from_float<T>(to_float(from[e]) * factor(e));
   }
 }
 

@@ -20,7 +20,7 @@ struct GateParams {
   std::int32_t type, n, h, w, features, channels, hidden, partials;
 };
 
-// out = x * gate: maps (n, channels, h, w).
+// out = x * gate, or x where there is no gate: maps (n, channels, h, w).
 struct ScaleParams {
   Map x, gate, out;
   std::int32_t type, n, h, w, channels, vector;

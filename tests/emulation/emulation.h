@@ -16,6 +16,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <setjmp.h>
 #include <ucontext.h>
 #include <vector_functions.h>
 #include <vector_types.h>
@@ -80,7 +81,9 @@ struct Background {  // operations issued, and groups of them committed
 };
 
 struct Fiber {
-  ucontext_t context;
+  ucontext_t context;  // to start it; from then on `jump`, which needs no system call
+  jmp_buf jump;
+  bool started = false;
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   uint3 thread{};
   int linear = 0, turn = 0;
@@ -96,7 +99,7 @@ struct State {
   bool late = true;  // background work happens when it is waited for
   int fault = kNoFault;
   std::string message;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::vector<std::unique_ptr<Fiber>> fibers;
   Fiber* current = nullptr;
   std::vector<Warp> warps;
@@ -124,12 +127,23 @@ inline std::uint64_t draw() {
   return x >> 33;
 }
 
+// No local variable lives across the jumps.
+[[gnu::noinline]] inline void suspend(Fiber& f) {
+  if (_setjmp(f.jump) == 0) _longjmp(state().scheduler, 1);
+}
+[[gnu::noinline]] inline void resume(Fiber& f) {
+  if (_setjmp(state().scheduler) != 0) return;
+  if (f.started) _longjmp(f.jump, 1);
+  f.started = true;
+  setcontext(&f.context);
+}
+
 inline void block_while(const std::uint64_t* word, std::uint64_t mask, std::uint64_t value) {
   Fiber& f = *state().current;
   f.word = word;
   f.mask = mask;
   f.value = value;
-  swapcontext(&f.context, &state().scheduler);
+  suspend(f);
 }
 
 inline void meet(Rendezvous& r, int threads) {
@@ -146,21 +160,20 @@ inline void entry() {
   State& s = state();
   (*s.body)();
   s.current->done = true;
-  swapcontext(&s.current->context, &s.scheduler);
+  suspend(*s.current);
 }
 
 inline void start(Fiber& f, int linear, dim3 size) {
   f.linear = linear;
   f.turn = 0;
   f.thread = uint3{linear % size.x, linear / size.x % size.y, linear / (size.x * size.y)};
-  f.done = false;
+  f.done = f.started = false;
   f.word = nullptr;
   f.copies = f.products = {};
   f.unfenced.clear();
-  getcontext(&f.context);
   f.context.uc_stack.ss_sp = f.stack.get();
   f.context.uc_stack.ss_size = kStackBytes;
-  f.context.uc_link = &state().scheduler;
+  f.context.uc_link = nullptr;
   makecontext(&f.context, entry, 0);
 }
 
@@ -184,7 +197,7 @@ inline bool run_block(int threads) {
       f.word = nullptr;
       moved = true;
       s.current = &f;
-      swapcontext(&s.scheduler, &f.context);
+      resume(f);
       left -= f.done;
     }
     if (!moved) {
@@ -209,7 +222,10 @@ inline int run_grid(dim3 grid, int threads, std::size_t shared_bytes, const Work
   s.body = &body;
   s.shared_bytes = shared_bytes;
   s.shared = reinterpret_cast<unsigned char*>((reinterpret_cast<std::uintptr_t>(s.memory.get()) + 1023) & ~1023ull);
-  while (s.fibers.size() < static_cast<std::size_t>(threads)) s.fibers.emplace_back(new Fiber);
+  while (s.fibers.size() < static_cast<std::size_t>(threads)) {
+    s.fibers.emplace_back(new Fiber);
+    getcontext(&s.fibers.back()->context);
+  }
   const unsigned count = grid.x * grid.y * grid.z;
   std::vector<unsigned> blocks(count);
   for (unsigned i = 0; i < count; ++i) blocks[i] = i;

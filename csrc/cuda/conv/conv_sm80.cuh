@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kWarps == 4 ? 2 : 1)
   using T = typename Traits::T;
   FASTSR_SHARED(shared);
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
-  const int block = blockIdx.y;
-  const TilePlace tile = tile_place(p, blockIdx.x, Traits::kHeight);
+  const int block = blockIdx.x % p.blocks;  // those of one tile are neighbours in time, and so share what they read
+  const TilePlace tile = tile_place(p, blockIdx.x / p.blocks, Traits::kHeight);
   const Tables table = tables(p);
   const Chunk* chunks = table.chunks + table.blocks[block].first_chunk;
   const int count = table.blocks[block].chunks;
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kWarps == 4 ? 2 : 1)
 template <typename T, int kRows, int kWarps>
 int launch_sm80(const ConvParams& p, const Sm80Plan& plan, void* stream) {
   using Traits = Sm80Traits<T, kRows, kWarps>;
-  const dim3 grid(tiles_of_image(p, Traits::kHeight) * p.n, p.blocks);
+  const dim3 grid(tiles_of_image(p, Traits::kHeight) * p.n * p.blocks);
   return launch(conv_sm80_kernel<Traits>, grid, Traits::kThreads, plan.shared_bytes, stream, p, plan);
 }
 

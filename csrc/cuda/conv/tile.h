@@ -7,6 +7,7 @@ namespace fastsr::cuda {
 
 constexpr int kSharedMost90 = 227 * 1024;  // of one block on sm_90
 constexpr int kSharedMost80 = 99 * 1024;   // on sm_86, sm_89 and sm_120; sm_80 has 163 KiB
+constexpr int kSharedGood80 = 80 * 1024;   // two blocks of sm_80 on a multiprocessor
 constexpr int kTileBytes = 64 * 16 * 2;    // weights of a block and 16 channels of one tap, at 64 rows
 constexpr int kHeights90[] = {32, 16, 12, 8};
 
@@ -123,8 +124,8 @@ inline Sm80Plan plan_sm80(const ConvParams& p, int warps) {
   s.stage_bytes = s.weights_bytes + s.halo_bytes;
   const int head = warps * p.rows * 4;  // the warps' channel sums
   const int staging = warps * 32 * (p.rows + 4) * 4;
-  s.stages = (kSharedMost80 - head) / s.stage_bytes;
-  s.stages = s.stages > 3 ? 3 : s.stages < 2 ? 0 : s.stages;
+  // A third stage only where a second thread block still fits beside the first: it hides more than a stage does.
+  s.stages = 3 * s.stage_bytes + head <= kSharedGood80 ? 3 : 2 * s.stage_bytes + head <= kSharedMost80 ? 2 : 0;
   const int pipeline = s.stages * s.stage_bytes;
   s.shared_bytes = head + (pipeline > staging ? pipeline : staging);
   return s;
@@ -136,7 +137,7 @@ inline Sm80Plan choose_sm80(const ConvParams& p, int sms) {
   if (low.stages == 0) return tall;
   const int images = images_that_count(p);
   // A tall tile reads less halo and fewer weights; a low one wins where it fills the device better by a tenth.
-  return efficiency(p, 16, images, 2 * sms) > 1.1f * efficiency(p, 32, images, sms) ? low : tall;
+  return efficiency(p, 16, images, 4 * sms) > 1.1f * efficiency(p, 32, images, 2 * sms) ? low : tall;
 }
 
 }  // namespace fastsr::cuda
