@@ -55,12 +55,11 @@ def _add_sums(sums, tile, where, AXIS: tl.constexpr, ok):
 
 @triton.jit(
     do_not_specialize=[
-        "x_pitch", "out_pitch", "skip_pitch", "factor_pitch", "term_pitch", "outer_pitch",
         "height", "width", "grid_height", "grid_width", "out_height", "out_width", "slots", "slot_step",
     ]
 )  # fmt: skip
 def _conv_kernel(
-    out, out_step, out_pitch,  # (N, COUT / FOLD^2, ...): pointer, elements a pixel, (pixels an image, pixels a row)
+    out, out_step, out_pitch,  # (N, COUT / FOLD^2, ...): pointer, elements a pixel, `Pixels.pitch`
     x, x_step, x_pitch,  # tuples over the inputs, (N, Ci, height, width) each
     weight,  # [U * U, COUT, TAPS, TAPS, KG]
     bias,  # [COUT] or None, as all that follows
@@ -131,7 +130,8 @@ def _conv_kernel(
         block = i % BLOCKS
         source = x[0]
         step = x_step[0]
-        image, pitch = x_pitch[0]
+        image = x_pitch[0][0]
+        pitch = x_pitch[0][1]
         first_block = 0
         first = 0
         count = STARTS[1]
@@ -144,6 +144,8 @@ def _conv_kernel(
             first_block = tl.where(here, ENDS[s - 1], first_block)
             first = tl.where(here, STARTS[s], first)
             count = tl.where(here, STARTS[s + 1] - STARTS[s], count)
+        image = image >> 1
+        pitch = pitch >> 1
         if GROUPS > 1:
             count = KG
         kb = (block - first_block) * BK
@@ -203,7 +205,8 @@ def _conv_kernel(
         oy = oy.to(tl.int64)
     if skip is not None:
         for s in tl.static_range(len(skip)):
-            image, pitch = skip_pitch[s]
+            image = skip_pitch[s][0] >> 1
+            pitch = skip_pitch[s][1] >> 1
             at = skip[s] + n * image * skip_step[s] + _at((oy * pitch + ox) * skip_step[s], ALONG_P)
             if len(skip) == 1:
                 v = tl.load(at + _at(row, ALONG_C), mask=ok, other=0.0).to(tl.float32)
@@ -213,21 +216,25 @@ def _conv_kernel(
                 v = v.to(tl.float32)
             y += v if skip_gain is None else v * skip_gain
     if factor is not None:
-        image, pitch = factor_pitch
+        image = factor_pitch[0] >> 1
+        pitch = factor_pitch[1] >> 1
         at = factor + n * image * factor_step + _at((oy * pitch + ox) * factor_step, ALONG_P) + _at(row, ALONG_C)
         y = y * tl.load(at, mask=ok, other=0.0).to(tl.float32)
-        image, pitch = term_pitch
+        image = term_pitch[0] >> 1
+        pitch = term_pitch[1] >> 1
         at = term + n * image * term_step + _at((oy * pitch + ox) * term_step, ALONG_P) + _at(row, ALONG_C)
         y = y + tl.load(at, mask=ok, other=0.0).to(tl.float32)
     if POST_RELU:
         y = _relu(y)
     if outer is not None:
-        image, pitch = outer_pitch
+        image = outer_pitch[0] >> 1
+        pitch = outer_pitch[1] >> 1
         at = outer + n * image * outer_step + _at((oy * pitch + ox) * outer_step, ALONG_P) + _at(row, ALONG_C)
         v = tl.load(at, mask=ok, other=0.0).to(tl.float32)
         y = v + (y if outer_gain is None else y * outer_gain)
 
-    image, pitch = out_pitch
+    image = out_pitch[0] >> 1
+    pitch = out_pitch[1] >> 1
     sy = oy * FOLD + cell // FOLD
     sx = ox * FOLD + cell % FOLD
     at = out + n * image * out_step + _at((sy * pitch + sx) * out_step, ALONG_P) + _at(channel, ALONG_C)
@@ -291,7 +298,7 @@ def default_config(shape: Shape) -> dict[str, int]:
     config = {"BP": 128, "BC": bc, "BK": min(bk, 32) if exact else bk, "WEIGHTS_FIRST": int(bc == 64),
               "num_warps": 8 if shape.prologue or shape.sums else 4, "num_stages": 3}  # fmt: skip
     if exact and shape.precision == "ieee":
-        config |= {"BP": 64, "BK": 16, "WEIGHTS_FIRST": 0}
+        config |= {"BP": 64, "WEIGHTS_FIRST": 0}
     return config
 
 
@@ -430,13 +437,13 @@ def prepare(
     everything = [target, *sources, *skipped, *(p for p in one.values() if p is not None)]
 
     args: dict[str, Any] = {
-        "out": out, "out_step": target.step, "out_pitch": (target.image, target.row),
+        "out": out, "out_step": target.step, "out_pitch": target.pitch,
         "x": tuple(p.tensor for p in sources), "x_step": tuple(p.step for p in sources),
-        "x_pitch": tuple((p.image, p.row) for p in sources),
+        "x_pitch": tuple(p.pitch for p in sources),
         "weight": packed, "bias": _vector(bias), "pre_scale": _vector(pre_scale), "pre_shift": _vector(pre_shift),
         "prelu": _vector(prelu), "scale": scale,
         "skip": tuple(p.tensor for p in skipped) or None, "skip_step": tuple(p.step for p in skipped) or None,
-        "skip_pitch": tuple((p.image, p.row) for p in skipped) or None,
+        "skip_pitch": tuple(p.pitch for p in skipped) or None,
         "sums": sums, "slope": slope if act == "leaky" else None, "gain": None if gain == 1 else gain,
         "skip_gain": None if skip_gain == 1 else skip_gain, "outer_gain": None if outer_gain == 1 else outer_gain,
         "height": height, "width": width, "grid_height": grid_height, "grid_width": grid_width,
@@ -454,7 +461,7 @@ def prepare(
     for name, image in one.items():
         args[name] = None if image is None else image.tensor
         args[f"{name}_step"] = None if image is None else image.step
-        args[f"{name}_pitch"] = None if image is None else (image.image, image.row)
+        args[f"{name}_pitch"] = None if image is None else image.pitch
     parts = phases * phases * shuffle * shuffle * groups
     grid = (tile_count * ceil_div(rows, config["BC"]), parts, n)
     return Launch(_conv_kernel, grid, args, warps)

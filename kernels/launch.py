@@ -43,6 +43,12 @@ class Pixels:
     image: int
 
     @property
+    def pitch(self) -> tuple[int, int]:
+        """Image and row as kernels take them, 2 n + 1 each: Triton compiles anew for a number in a tuple that becomes 1
+        or a multiple of 16, whatever `do_not_specialize` says, and these never do."""
+        return 2 * self.image + 1, 2 * self.row + 1
+
+    @property
     def large(self) -> bool:
         """Whether offsets inside one image exceed 32 bits."""
         return self.image * self.step >= LARGE

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsr.kernels.launch import Launch, as_pixels, ceil_div
 
-PROGRAMS = 264  # twice the multiprocessors of an H100; at 64 KiB of scratch each, 17 MB
+PROGRAMS = 264  # twice the multiprocessors of an H100; at 32 KiB of scratch each, 9 MB
 
 
 @triton.jit
@@ -24,9 +24,9 @@ def _relu(x):
     return tl.where(x < 0, 0.0, x)  # keeps NaN
 
 
-@triton.jit(do_not_specialize=["x_pitch", "out_pitch", "height", "width", "tiles_y", "tiles_x", "patches"])
+@triton.jit(do_not_specialize=["height", "width", "tiles_y", "tiles_x", "patches"])
 def _residual_e_kernel(
-    out, out_step, out_pitch,  # (N, C, height, width): pointer, elements a pixel, (pixels an image, pixels a row)
+    out, out_step, out_pitch,  # (N, C, height, width): pointer, elements a pixel, `Pixels.pitch`
     x, x_step, x_pitch,
     scratch,  # [programs, GROUPS, TH * TW, KG]
     weight1, bias1, weight2, bias2,  # [C, 3, 3, KG], [C] or None
@@ -49,7 +49,8 @@ def _residual_e_kernel(
         y = (patch // tiles_x % tiles_y) * (TH - 2) - 1 + py
         z = (patch % tiles_x) * (TW - 2) - 1 + px
         exists = (y >= 0) & (y < height) & (z >= 0) & (z < width)
-        image, pitch = x_pitch
+        image = x_pitch[0] >> 1
+        pitch = x_pitch[1] >> 1
         source = x + n * image * x_step
 
         for g in range(GROUPS):
@@ -96,18 +97,18 @@ def _residual_e_kernel(
             y = y.to(tl.int64)
         at = source + ((y * pitch + z) * x_step)[:, None] + c[None, :]
         total = _relu(total + tl.load(at, mask=ok, other=0.0).to(tl.float32))
-        image, pitch = out_pitch
+        image = out_pitch[0] >> 1
+        pitch = out_pitch[1] >> 1
         at = out + n * image * out_step + ((y * pitch + z) * out_step)[:, None] + c[None, :]
         tl.store(at, total.to(out.dtype.element_ty), mask=ok)
         tl.debug_barrier()  # before the next patch is written over this one
         patch += tl.num_programs(0)
 
 
-def default_config(dtype: str, channels: int) -> dict[str, int]:
-    """Size of a patch with its frame, warps and stages. Registers and shared memory were checked by compiling; speed
-    was not measured."""
-    small = dtype == "float32" or channels > 64
-    return {"TH": 16, "TW": 16 if small else 32, "num_warps": 8, "num_stages": 3}
+def default_config() -> dict[str, int]:
+    """Size of a patch with its frame, warps and stages. Registers and shared memory were checked by compiling (patches
+    of 16x32 spill); speed was not measured."""
+    return {"TH": 16, "TW": 16, "num_warps": 8, "num_stages": 3}
 
 
 def refuses(channels: int, groups: int) -> str:
@@ -135,7 +136,7 @@ def prepare(
     """The launch that fills `out`, whose pixels lie as `launch.pixels` asks; arguments as in `ops.residual_e`."""
     n, c, h, w = x.shape
     kg = c // groups
-    config = dict(default_config(str(x.dtype).removeprefix("torch."), c) if config is None else config)
+    config = dict(default_config() if config is None else config)
     source, target = as_pixels(x), as_pixels(out)
     assert target.tensor is out, "the output has pixels with a pitch"
     tiles = ceil_div(h, config["TH"] - 2), ceil_div(w, config["TW"] - 2)
@@ -147,8 +148,8 @@ def prepare(
         return None if t is None else t.contiguous()
 
     args = {
-        "out": out, "out_step": target.step, "out_pitch": (target.image, target.row),
-        "x": source.tensor, "x_step": source.step, "x_pitch": (source.image, source.row), "scratch": scratch,
+        "out": out, "out_step": target.step, "out_pitch": target.pitch,
+        "x": source.tensor, "x_step": source.step, "x_pitch": source.pitch, "scratch": scratch,
         "weight1": weight1.contiguous(memory_format=torch.channels_last), "bias1": vector(bias1),
         "weight2": weight2.contiguous(memory_format=torch.channels_last), "bias2": vector(bias2),
         "weight3": weight3.contiguous(), "bias3": vector(bias3), "height": h, "width": w,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import fastsr
+from fastsr import _triton
 from fastsr.op import OPS
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when fastsr.kernels is imported
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads that wait for each other's small products
 
 ROOT = Path(__file__).resolve().parents[1]
 PARITY = Path(__file__).parent / "parity"
@@ -80,6 +86,8 @@ def rms_error(result: Tensor, expected: Tensor) -> float:
 
 def require_backend(name: str) -> None:
     """Skips, with the reason, where no operator can use this backend."""
+    if name == "triton" and _triton.interpreted():
+        pytest.skip("Triton runs in its interpreter here, which is slow: test_triton.py has the cases for it")
     reasons = [op.available()[name] for op in OPS.values()]
     if all(reasons):
         pytest.skip(f"backend '{name}' runs no operator here: {reasons[0]}")

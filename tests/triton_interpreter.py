@@ -1,8 +1,8 @@
 """Corrections to Triton's interpreter, by which kernels are tested where there is no GPU.
 
-It keeps bfloat16 as 16-bit integers and multiplies those in `tl.dot`, and it cuts float32 to bfloat16 where a GPU rounds
-to the nearest even. Both stand corrected after `correct()`. Arithmetic on bfloat16 outside `tl.dot` stays wrong, so
-kernels convert first.
+It keeps bfloat16 as 16-bit integers and multiplies those in `tl.dot`, and it cuts float32 to bfloat16 where a GPU
+rounds to the nearest even. Both stand corrected after `correct()`. Arithmetic on bfloat16 outside `tl.dot` stays
+wrong, so kernels convert first.
 """
 
 from __future__ import annotations
