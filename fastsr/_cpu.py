@@ -29,8 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsr import _library, packing, recipes
+from fastsr import _cpu_tail, _library, packing, recipes
 from fastsr.op import Op, _replace, _tensors, describe
+from fastsr.ops.linear_tail import linear_tail
 from fastsr.ops.resize_bicubic import centred_taps, tf1_taps
 from fastsr.recipes import Recipe, View
 
@@ -236,6 +237,8 @@ def _shadow(t: Tensor) -> Tensor:
 
 
 def _recipe(op: Op[..., Any], args: Sequence[Any]) -> Recipe:
+    if op is linear_tail:
+        return _cpu_tail.recipe(*args)
     assert op.recipe_of is not None
     return op.recipe_of(*args)
 
@@ -290,7 +293,8 @@ def forms(step: recipes.Conv, inputs: int, height: int, width: int, bf16: bool, 
         yield "pointwise"
     # Winograd saves multiplications and pays with transforms: there must be channels to spread them over, and tiles
     # that are mostly filled.
-    if min(inputs, outputs) >= BLOCK and min(inputs, outputs) // step.groups >= 8 and min(height, width) >= 4:
+    tile = 3 if kernel == 5 else 4
+    if inputs >= BLOCK and min(inputs, outputs) // step.groups >= 8 and min(height, width) >= tile:
         if kernel == 3 and stride == 1:
             yield "winograd23" if careful else "winograd43"
         elif kernel == 5 and stride == 1 and not careful:
@@ -366,7 +370,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 def _views(step: recipes.Step) -> Iterator[View]:
     """The maps that a step reads."""
-    if isinstance(step, (recipes.Mean, recipes.Scale)):
+    if isinstance(step, (recipes.Mean, recipes.Scale, recipes.Copy)):
         yield step.source
     elif isinstance(step, recipes.Conv):
         yield from step.sources
@@ -419,7 +423,7 @@ class Builder:
             raise Unsuitable(f"{len(widths)} maps read as one (at most {MAX_SOURCES})")
         if len(_skips(step)) > 2:
             raise Unsuitable(f"a skip of {len(_skips(step))} maps (at most 2)")
-        height, width = self._whole(step.sources[0].buffer)[2:]
+        _, height, width = self._size(step.sources[0])
         ends = min(inputs, outputs // step.shuffle**2) <= 4
         bf16 = self.products != "float32" and not ends and _library.isa() == "avx512_bf16"
         why = ""
@@ -441,6 +445,7 @@ class Builder:
         """Inputs and the output in their places if the engine can use them there; all else in the workspace."""
         convolutions = [step for step in self.recipe.steps if isinstance(step, recipes.Conv)]
         added = {v.buffer for s in convolutions for v in (*_skips(s), *([s.outer] if s.outer is not None else []))}
+        added |= {step.source.buffer for step in self.recipe.steps if isinstance(step, recipes.Copy)}  # are results
         inner = BF16 if self.products == "bfloat16" else FLOAT
         tables = self._tables()
         slots = {self.recipe.output: 0} | {name: 1 + i for i, name in enumerate(self.recipe.inputs)}
@@ -467,7 +472,7 @@ class Builder:
                 named |= {step.sums, step.store}
             elif isinstance(step, recipes.Conv):
                 named |= {step.scale, step.sums}
-            else:
+            elif not isinstance(step, recipes.Copy):
                 named |= {step.store if isinstance(step, recipes.Mean) else step.scale}
         return {name for name in named if name is not None}
 
@@ -501,7 +506,7 @@ class Builder:
         slot = 1 + len(self.images)
         for i, step in enumerate(self.recipe.steps):
             names = [v.buffer for v in _views(step)]
-            if not isinstance(step, recipes.Mean) and (
+            if not isinstance(step, (recipes.Mean, recipes.Copy)) and (
                 table := step.sums if isinstance(step, recipes.Gate) else step.scale
             ):
                 names.append(table)
@@ -515,6 +520,8 @@ class Builder:
                 yield names, partial(self._gate, step, slot)
             elif isinstance(step, recipes.Mean):
                 yield names, partial(self._mean, step)
+            elif isinstance(step, recipes.Copy):
+                yield names, partial(self._again, step)
             else:
                 yield names, partial(self._scale, step)
             slot += self._has_weights(step)
@@ -539,14 +546,19 @@ class Builder:
             return Map(slot=ABSENT)
         b = self.buffers[view.buffer]
         channels = b.shape[1] - view.start if view.channels is None else view.channels
-        return Map(b.data + view.start * BYTES[b.type], b.image, b.row, b.pixel, b.slot, b.type, channels)
+        return Map(b.data + self._first(view), b.image, b.row, b.pixel, b.slot, b.type, channels)
+
+    def _first(self, view: View) -> int:
+        """Where the first element of a slice lies in its buffer, in bytes."""
+        b, (row, _), (pixel, _) = self.buffers[view.buffer], view.rows or (0, 0), view.columns or (0, 0)
+        return (view.start + row * b.row + pixel * b.pixel) * BYTES[b.type]
 
     def _floats(self, name: str) -> Floats:
         return Floats(self.buffers[name].data, self.buffers[name].slot)
 
     def _size(self, view: View) -> tuple[int, int, int]:
-        n, _, height, width = self._whole(view.buffer)
-        return n, height, width
+        whole = self._whole(view.buffer)
+        return whole[0], *view.size(whole)
 
     def _conv(self, number: int, step: recipes.Conv, slot: int, parts: str | None = None) -> tuple[int, ConvStep]:
         n, height, width = self._size(step.sources[0])
@@ -588,6 +600,12 @@ class Builder:
     def _scale(self, step: recipes.Scale) -> tuple[int, ScaleStep]:
         maps = self._map(step.source), self._floats(step.scale), self._map(step.store)
         return SCALE, ScaleStep(*self._size(step.source), *maps)
+
+    def _again(self, step: recipes.Copy) -> tuple[int, CopyStep]:
+        n, height, width = self._size(step.source)
+        maps = (self._map(v) for v in (step.source, step.store))
+        ends = [Strided(m.data, m.image, 1, m.row, m.pixel, m.slot, m.type) for m in maps]
+        return COPY, CopyStep(n, self._channels(step.source), height, width, *ends)
 
     def _copy(self, name: str, inward: bool) -> tuple[int, CopyStep]:
         """An input into the workspace, or the output out of it."""

@@ -6,11 +6,13 @@ A layer holds parameters under the authors' names and passes them to one operato
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsr.ops import conv_act
+from fastsr.ops import conv_act, linear_tail
 
 
 class ConvAct(nn.Conv2d):
@@ -95,6 +97,16 @@ def chain(layers: nn.ModuleDict, x: Tensor) -> Tensor:
     for layer in layers.values():
         x = layer(x)
     return x
+
+
+def tail(layers: Iterable[nn.Module], x: Tensor, gain: float = 1.0) -> Tensor:
+    """gain times what `chain` makes of these `ConvAct`s, which have nothing between them but PixelShuffles: one
+    operator, which need not take them one after the other."""
+    convolutions: list[ConvAct] = list(layers)  # type: ignore[arg-type]
+    if len(convolutions) == 1:
+        return convolutions[0](x, gain=gain)
+    biases = [layer.bias for layer in convolutions if layer.bias is not None]
+    return linear_tail(x, [layer.weight for layer in convolutions], biases, gain)
 
 
 def upsampler(features: int, scale: int) -> nn.ModuleDict:

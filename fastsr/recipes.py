@@ -8,7 +8,7 @@ tests run with the eager `conv` of this file against each operator's definition.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,17 +19,28 @@ from fastsr.op import OPS
 
 @dataclass(frozen=True)
 class View:
-    """A range of channels of a named buffer; `channels=None` is all from `start` on."""
+    """A range of channels of a named buffer; `channels=None` is all from `start` on. rows, columns: (first, end) of
+    those pixels that it is cut to; what a convolution reads beyond is zero."""
 
     buffer: str
     start: int = 0
     channels: int | None = None
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
 
     def of(self, buffers: dict[str, Tensor]) -> Tensor:
         """The (N, channels, H, W) slice itself, sharing the buffer's memory."""
         whole = buffers[self.buffer]
         channels = whole.shape[1] - self.start if self.channels is None else self.channels
-        return whole.narrow(1, self.start, channels)
+        view = whole.narrow(1, self.start, channels)
+        for axis, span in ((2, self.rows), (3, self.columns)):
+            view = view if span is None else view.narrow(axis, span[0], span[1] - span[0])
+        return view
+
+    def size(self, whole: Sequence[int]) -> tuple[int, int]:
+        """(rows, columns) of the slice, given the shape of the buffer."""
+        spans = self.rows or (0, whole[2]), self.columns or (0, whole[3])
+        return spans[0][1] - spans[0][0], spans[1][1] - spans[1][0]
 
 
 @dataclass(frozen=True)
@@ -109,7 +120,15 @@ class Scale:
     store: View
 
 
-Step = Conv | Gate | Mean | Scale
+@dataclass(frozen=True)
+class Copy:
+    """source, stored once more, for pixels that no convolution could store alone."""
+
+    source: View
+    store: View
+
+
+Step = Conv | Gate | Mean | Scale | Copy
 
 
 @dataclass(frozen=True)
@@ -184,6 +203,8 @@ def run(
             gate(step, buffers)
         elif isinstance(step, Mean):
             buffers[step.store].copy_(step.source.of(buffers).mean((2, 3)))
+        elif isinstance(step, Copy):
+            step.store.of(buffers).copy_(step.source.of(buffers))
         else:
             step.store.of(buffers).copy_(step.source.of(buffers) * buffers[step.scale][:, :, None, None])
     return buffers[recipe.output]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastsr.models.network import RGB_MEAN, Network, State, colour_shift, indices, upsampler_scale
-from fastsr.nn import ConvAct, MeanShift, chain, numbered, upsampler
+from fastsr.nn import ConvAct, MeanShift, chain, numbered, tail, upsampler
 from fastsr.ops import multi_scale_block
 
 
@@ -128,7 +128,7 @@ class MSRN(Network):
         head = chain(self.head, self.sub_mean(x))
         fuse, smooth, upsample, last = self.tail.values()
         y = fuse(*_block_outputs(list(self.body.values()), head), head)
-        return self.add_mean(last(chain(upsample, smooth(y))))
+        return tail([*upsample.values(), last, self.add_mean], smooth(y))
 
 
 class MSRNOld(Network):
@@ -173,4 +173,4 @@ class MSRNOld(Network):
         first = self.conv_input(x)
         blocks = [getattr(self, f"residual{i}")["0"] for i in range(1, self.config.blocks + 1)]
         y = self.bottle(first, *_block_outputs(blocks, first))
-        return self.conv_output(getattr(self, self.config.upsampling)(y))
+        return tail([getattr(self, self.config.upsampling), self.conv_output], y)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsr.models.network import RGB_MEAN, Network, State, colour_shift, indices, pad_to_multiple, upsampler_scale
-from fastsr.nn import ConvAct, MeanShift, chain, numbered, upsampler
+from fastsr.nn import ConvAct, MeanShift, chain, numbered, tail, upsampler
 from fastsr.ops import rcab
 
 
@@ -210,8 +210,8 @@ class RCAN(Network):
 
     def local_part(self, features: Tensor, scale: int) -> Tensor:
         """The upsampler."""
-        y = self.tail["1"](chain(self.tail["0"], features))
-        y = self.add_mean(y) if self.config.mean else y
+        upsample, last = self.tail.values()
+        y = tail([*upsample.values(), last, *([self.add_mean] if self.config.mean else [])], features)
         return y if self.config.input_gain == 1 else y / self.config.input_gain
 
 
@@ -314,5 +314,5 @@ class RCANBasicSR(Network):
 
     def local_part(self, features: Tensor, scale: int) -> Tensor:
         """The upsampler."""
-        y = self.conv_last(chain(self.upsample, features), gain=1 / self.config.img_range)
+        y = tail([*self.upsample.values(), self.conv_last], features, gain=1 / self.config.img_range)
         return y + y.new_tensor(self.config.rgb_mean)[:, None, None]

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from fastsr.models.network import RGB_MEAN, Network, State, colour_shift, indices
-from fastsr.nn import ConvAct, MeanShift, chain, numbered
+from fastsr.nn import ConvAct, MeanShift, numbered, tail
 from fastsr.ops import dense_block
 
 
@@ -242,8 +242,11 @@ class RDN(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, channels, H, W) in 0..rgb_range -> (N, channels, H * scale, W * scale), not clipped."""
-        x = dense_features(x, self.SFENet1, self.SFENet2, self.RDBs, self.GFF.values())
-        return chain(self.UPNet, x)
+        return tail(self.UPNet.values(), self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Everything in front of the upsampler: (N, channels, H, W) -> (N, G0, H, W)."""
+        return dense_features(x, self.SFENet1, self.SFENet2, self.RDBs, self.GFF.values())
 
 
 class RDNOriginal(RDN):
@@ -295,7 +298,7 @@ class RDNOriginal(RDN):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, 3, H, W) in 0..rgb_range -> (N, 3, H * scale, W * scale), not clipped."""
-        return self.addMean(super().forward(self.subMean(x)))
+        return tail([*self.UPNet.values(), self.addMean], self.features(self.subMean(x)))
 
 
 class RDNPlain(Network):
@@ -335,4 +338,4 @@ class RDNPlain(Network):
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, channels, H, W) in 0..1 -> (N, channels, H * scale, W * scale), not clipped."""
         x = dense_features(x, self.sfe1, self.sfe2, self.rdbs, self.gff.values())
-        return self.output(chain(self.upscale, x))
+        return tail([*self.upscale.values(), self.output], x)

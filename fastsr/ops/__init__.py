@@ -9,6 +9,7 @@ from fastsr.ops.conv_act import conv_act
 from fastsr.ops.dense_block import dense_block
 from fastsr.ops.distillation_block import distillation_block
 from fastsr.ops.down_projection import down_projection
+from fastsr.ops.linear_tail import linear_tail
 from fastsr.ops.memory_block import memory_block
 from fastsr.ops.multi_scale_block import multi_scale_block
 from fastsr.ops.rcab import rcab
@@ -25,6 +26,7 @@ __all__ = [
     "dense_block",
     "distillation_block",
     "down_projection",
+    "linear_tail",
     "memory_block",
     "multi_scale_block",
     "rcab",

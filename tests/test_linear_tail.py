@@ -1,0 +1,133 @@
+"""The linear tail as one convolution: its algebra in float64, which way a CPU takes, errors, packing, memory."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastsr
+from conftest import relative_error, require_backend, rms_error
+from fastsr import _cpu_tail, packing, recipes
+from fastsr.ops import linear_tail
+from fastsr.ops.linear_tail import merge, merged_recipe, unmergeable
+from fastsr.recipes import Conv
+
+FACTORS = {"x2": [2], "x3": [3], "x4": [2, 2], "x4 at once": [4], "x8": [2, 2, 2]}
+SIZES = ((1, 1), (1, 6), (2, 2), (2, 7), (5, 9), (16, 12))
+
+
+def chain(factors, features=4, colours=3, shift=False, bias=True, dtype=torch.float64):
+    """Weights and biases of an upsampler and the last convolution, and of a shift of the colours behind it."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(features * r * r, features, 3, 3) for r in factors] + [(colours, features, 3, 3)]
+    shapes += [(colours, colours, 1, 1)] if shift else []
+    weights = [torch.randn(s, generator=generator, dtype=dtype) / math.sqrt(s[1] * s[2] * s[3]) for s in shapes]
+    biases = [0.3 * torch.randn(s[0], generator=generator, dtype=dtype) for s in shapes] if bias else []
+    return weights, biases
+
+
+def image(n, features, height, width, dtype=torch.float64) -> Tensor:
+    return torch.randn(n, features, height, width, generator=torch.Generator().manual_seed(1), dtype=dtype)
+
+
+@pytest.mark.parametrize(("bias", "shift"), list(itertools.product((True, False), repeat=2)))
+@pytest.mark.parametrize("factors", FACTORS.values(), ids=FACTORS)
+def test_merged_is_the_chain(factors, bias, shift):
+    weights, biases = chain(factors, shift=shift, bias=bias)
+    merged = 0
+    for height, width in SIZES:
+        x = image(2, 4, height, width)
+        expected = linear_tail.eager(x, weights, biases, 0.7)
+        assert relative_error(recipes.run(_cpu_tail.recipe(x, weights, biases, 0.7)), expected) < 1e-12
+        if unmergeable(x, weights) is None:
+            merged += 1
+            assert relative_error(recipes.run(merged_recipe(x, weights, biases, 0.7)), expected) < 1e-12
+    assert merged == 4
+
+
+def test_kernels_are_5x5_and_the_border_has_its_own():
+    for factors in FACTORS.values():
+        weights, biases = chain(factors, shift=True)
+        kernels, bias = merge(weights, biases)
+        scale = math.prod(factors)
+        assert kernels.shape == (3, 3, 3 * scale**2, 4, 5, 5) and bias.shape == (3, 3, 3 * scale**2)
+        promised = merge([w.to("meta") for w in weights], [b.to("meta") for b in biases])
+        assert (promised[0].shape, promised[1].shape) == (kernels.shape, bias.shape)
+        assert (kernels[1, 0] - kernels[0, 0])[..., 2:, :].abs().max() > 1e-3
+
+
+def test_what_cannot_be_merged():
+    weights, _ = chain([2, 2])
+    assert "two rows" in unmergeable(image(1, 4, 1, 6), weights)
+    wide = [torch.zeros(16, 4, 5, 5), torch.zeros(16, 4, 5, 5), torch.zeros(3, 4, 5, 5)]
+    assert "PixelShuffle" in unmergeable(image(1, 4, 8, 8), wide)
+
+
+def test_wide_kernels_behind_one_shuffle():
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(s, generator=generator, dtype=torch.float64) for s in ((16, 4, 5, 5), (3, 4, 5, 5))]
+    x = image(1, 4, 6, 7)
+    assert relative_error(recipes.run(merged_recipe(x, weights, [], 1.0)), linear_tail.eager(x, weights, [])) < 1e-12
+
+
+@pytest.mark.parametrize(("height", "width", "merged"), [(1, 9, False), (2, 2, False), (16, 12, True), (64, 64, True)])
+def test_fewer_multiplications_decide(height, width, merged):
+    weights, biases = chain([2, 2], features=64)
+    recipe = _cpu_tail.recipe(image(1, 64, height, width), weights, biases, 1.0)
+    first = recipe.steps[0]
+    assert isinstance(first, Conv) and (first.weight.shape[-1] == 5) == merged
+    if merged:  # no map of all features in the size of the result
+        assert all(shape[1] == 3 for shape in recipe.workspace.values())
+
+
+@pytest.mark.parametrize("factors", FACTORS.values(), ids=FACTORS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_error_on_the_cpu(factors, layout):
+    require_backend("cpu")
+    weights, biases = chain(factors, features=64, shift=True, bias=False, dtype=torch.float32)
+    x = image(2, 64, 13, 21, torch.float32).to(memory_format=layout)
+    exact = linear_tail.eager(x.double(), [w.double() for w in weights], biases)
+    with fastsr.use("cpu"):
+        made = linear_tail(x, weights, biases)
+    assert rms_error(made, exact) < 2e-6
+    inner = (..., slice(8, -8), slice(8, -8))  # no frame is wider than 7
+    for part in inner, (..., slice(8), slice(None)), (..., slice(8)), (..., slice(-8, None), slice(None)):
+        assert rms_error(made[part], exact[part]) < 2e-6
+
+
+def test_packed_again_when_a_factor_changes():
+    require_backend("cpu")
+    weights, biases = chain([2, 2], features=16, dtype=torch.float32)
+    x = image(1, 16, 12, 12, torch.float32)
+    with fastsr.use("cpu"):
+        before = linear_tail(x, weights, biases)
+        for t in [*weights, *biases]:
+            t.data.mul_(1.5)  # which no version counter sees
+            after = linear_tail(x, weights, biases)
+            assert rms_error(after, linear_tail.eager(x, weights, biases)) < 2e-6
+            assert not torch.equal(after, before)
+            before = after
+
+
+def test_multiplies_in_float32_in_every_mode():
+    require_backend("cpu")
+    weights, biases = chain([2], features=64, dtype=torch.float32)
+    x = image(1, 64, 16, 16, torch.float32)
+    with fastsr.use("cpu"):
+        expected = linear_tail(x, weights, biases)
+        packing.freeze([*weights, *biases], "bfloat16")
+        assert torch.equal(linear_tail(x, weights, biases), expected)
+
+
+def test_not_a_number_stays_one():
+    require_backend("cpu")
+    weights, biases = chain([2], features=16, dtype=torch.float32)
+    x = image(1, 16, 12, 12, torch.float32)
+    x[0, 3, 0, 0] = torch.nan
+    with fastsr.use("cpu"):
+        made = linear_tail(x, weights, biases)
+    assert made[0, :, :2, :2].isnan().all() and made[0, :, 14:, 14:].isfinite().all()
