@@ -29,7 +29,7 @@ from torch import Tensor
 from fastsr import packing
 from fastsr.op import Op, _tensors
 from fastsr.ops.resize_bicubic import centred_taps, tf1_taps
-from fastsr.recipes import Conv, Gate, Mean, Recipe
+from fastsr.recipes import Conv, Copy, Gate, Mean, Recipe
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MINIMUM_CAPABILITY = (8, 0)
@@ -214,6 +214,8 @@ def run_recipe(recipe: Recipe, out: Tensor) -> None:
                 step.up_bias,
             ).run()  # fmt: skip
             buffers[step.store] = gate
+        elif isinstance(step, Copy):
+            step.store.of(buffers).copy_(step.source.of(buffers))
         else:
             channel_attention.prepare_scale(step.store.of(buffers), step.source.of(buffers), buffers[step.scale]).run()
     if buffers[recipe.output] is not out:
