@@ -498,8 +498,12 @@ class Builder:
                 self._private(f"{step.store} scratch", (n, SLICES, VECTORS, features), 4)
                 partial = [f"{step.sums} partial"] if has_sums else []
                 names = [source.buffer, step.store, f"{step.store} scratch", *partial]
-            elif isinstance(step, recipes.Scale):
-                names = [step.source.buffer, step.scale, step.store.buffer]
+            elif isinstance(step, (recipes.Scale, recipes.Copy)):
+                names = [
+                    step.source.buffer,
+                    step.store.buffer,
+                    *([step.scale] if isinstance(step, recipes.Scale) else []),
+                ]
             else:
                 views = [*step.sources, step.store, *_skips(step), *(step.modulate or ()), step.outer]
                 names = [v.buffer for v in views if v is not None] + ([step.scale] if step.scale else [])
@@ -514,8 +518,8 @@ class Builder:
             yield (number, step), names
 
     def _shape(self, step: recipes.Conv) -> tuple[int, int, int, int]:
-        n, _, h, w = self._whole(step.store.buffer)
-        return n, self._channels(step.store), h, w
+        whole = self._whole(step.store.buffer)
+        return whole[0], self._channels(step.store), *step.store.size(whole)
 
     # Structures.
 
@@ -523,7 +527,8 @@ class Builder:
         if view is None:
             return NOWHERE
         b = self.buffers[view.buffer]
-        return Map(b.data + view.start * b.width, b.image, b.row, b.pixel, b.slot)
+        first = view.start + (view.rows or (0, 0))[0] * b.row + (view.columns or (0, 0))[0] * b.pixel
+        return Map(b.data + first * b.width, b.image, b.row, b.pixel, b.slot)
 
     def _table(self, name: str | None) -> Map:
         return NOWHERE if name is None else self._map(View(name))
@@ -540,7 +545,7 @@ class Builder:
     def _conv(self, number: int, step: recipes.Conv, slot: int) -> ConvParams:
         geometry, form = self.forms[number]
         n, channels, out_h, out_w = self._shape(step)
-        in_h, in_w = self._whole(step.sources[0].buffer)[2:]
+        in_h, in_w = step.sources[0].size(self._whole(step.sources[0].buffer))
         cell = form.step_out
         skips = _skips(step)
         factor, term = step.modulate or (None, None)
@@ -571,7 +576,7 @@ class Builder:
 
     def _gate(self, step: recipes.Gate, slot: int) -> GateParams:
         source, has_sums = self.means[step.sums]
-        n, _, h, w = self._whole(source.buffer)
+        whole = self._whole(source.buffer)
         p = GateParams(self._map(source))
         p.partial = self._table(f"{step.sums} partial" if has_sums else None)
         p.scratch, p.out = self._table(f"{step.store} scratch"), self._table(step.store)
@@ -579,16 +584,18 @@ class Builder:
         for name, t in zip(GATE_FIELDS, _gate_parameters(step), strict=True):
             setattr(p, name, NOWHERE if t is None else _packed(slot, at))
             at += 0 if t is None else 2 * t.numel()
-        p.type, p.n, p.h, p.w, p.features = self.type, n, h, w, self._channels(source)
+        (p.h, p.w), p.n = source.size(whole), whole[0]
+        p.type, p.features = self.type, self._channels(source)
         p.channels, p.hidden = step.up_weight.shape[0], step.down_weight.shape[0]
         return p
 
-    def _scale(self, step: recipes.Scale) -> ScaleParams:
-        n, _, h, w = self._whole(step.source.buffer)
+    def _scale(self, step: recipes.Scale | recipes.Copy) -> ScaleParams:
+        whole = self._whole(step.source.buffer)
         channels = self._channels(step.source)
         vector = channels % 8 == 0 and self._vector(step.source, step.store)
-        maps = (self._map(step.source), self._table(step.scale), self._map(step.store))
-        return ScaleParams(*maps, self.type, n, h, w, channels, vector)
+        gate = step.scale if isinstance(step, recipes.Scale) else None
+        maps = (self._map(step.source), self._table(gate), self._map(step.store))
+        return ScaleParams(*maps, self.type, whole[0], *step.source.size(whole), channels, vector)
 
 
 def _eights(*numbers: int) -> bool:

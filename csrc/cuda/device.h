@@ -1,7 +1,7 @@
 // What a kernel may use beside CUDA C++ itself: the PTX instructions, dynamic shared memory and the launch.
 //
-// nvcc takes the instructions from ptx.h. A host compiler takes functions of the same names that act on emulated threads
-// (tests/emulation), so that the very same kernels run, and are tested, without a GPU.
+// nvcc takes the instructions from ptx.h. A host compiler takes functions of the same names that act on emulated
+// threads (tests/emulation), so that the very same kernels run, and are tested, without a GPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -48,7 +48,6 @@ template <typename T>
 struct alignas(16) Octet {
   T v[8];
 };
-
 
 #ifdef __CUDACC__
 

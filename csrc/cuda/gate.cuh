@@ -1,10 +1,10 @@
 // The gate of channel attention, without reading the feature map a second time.
 //
-// The mean of z = W * h + b over the image is linear in h: mean z[o] = b[o] + sum(W[o, i, ky, kx] S[i, ky, kx]) / pixels,
-// where S[i, ky, kx] sums h[i] over the pixels that the tap reads: all of them but the last row (ky = 0) or the first
-// (ky = 2), and columns likewise. The convolution that made h has left the sums of all its pixels, tile by tile; one
-// kernel adds these up beside the borders, in slices, and a second, one thread block an image, makes the gate. Every sum
-// has a fixed order.
+// The mean of z = W * h + b over the image is linear in h: mean z[o] = b[o] + sum(W[o, i, ky, kx] S[i, ky, kx]) /
+// pixels, where S[i, ky, kx] sums h[i] over the pixels that the tap reads: all of them but the last row (ky = 0) or the
+// first (ky = 2), and columns likewise. The convolution that made h has left the sums of all its pixels, tile by tile;
+// one kernel adds these up beside the borders, in slices, and a second, one thread block an image, makes the gate.
+// Every sum has a fixed order.
 #pragma once
 
 #include "cuda/device.h"
@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(kGateThreads) sums_kernel(const __grid_constan
   // Features side by side, so that neighbouring threads read neighbouring addresses; groups take elements in turn.
   const int groups = kGateThreads / p.features, group = threadIdx.x / p.features, feature = threadIdx.x % p.features;
   const T* map = reinterpret_cast<const T*>(p.map.data) + n * p.map.image + feature;
-  const float* partial = reinterpret_cast<const float*>(p.partial.data) +
-                         static_cast<std::int64_t>(n) * p.partials * p.features + feature;
+  const float* partial =
+      reinterpret_cast<const float*>(p.partial.data) + static_cast<std::int64_t>(n) * p.partials * p.features + feature;
   float* scratch = reinterpret_cast<float*>(p.scratch.data) +
                    static_cast<std::int64_t>(n * kSlices + slice) * kSumVectors * p.features;
   for (int vector = 0; vector < (p.weight.data != 0 ? kSumVectors : 1); ++vector) {
@@ -60,10 +60,10 @@ __device__ __forceinline__ float warp_sum(float v) {
 template <typename T>
 __global__ void __launch_bounds__(kGateThreads) gate_kernel(const __grid_constant__ GateParams p) {
   FASTSR_SHARED(shared);
-  auto* sums = reinterpret_cast<float*>(shared);        // [kSumVectors][kMaxGate]
-  float* taps = sums + kSumVectors * kMaxGate;          // [feature][9], or [feature] without a convolution
-  float* mean = taps + 9 * kMaxGate;                    // [channel]
-  float* hidden = mean + kMaxGate;                      // [hidden]
+  auto* sums = reinterpret_cast<float*>(shared);  // [kSumVectors][kMaxGate]
+  float* taps = sums + kSumVectors * kMaxGate;    // [feature][9], or [feature] without a convolution
+  float* mean = taps + 9 * kMaxGate;              // [channel]
+  float* hidden = mean + kMaxGate;                // [hidden]
   const int n = blockIdx.x, thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const bool convolved = p.weight.data != 0;
   const int vectors = convolved ? kSumVectors : 1;

@@ -108,8 +108,8 @@ extern "C" int fastsr_cuda_run(const unsigned char* program, long long bytes, vo
 }
 
 extern "C" void fastsr_cuda_struct_sizes(int (&sizes)[6]) {
-  const int all[6] = {sizeof(ConvParams), sizeof(GateParams), sizeof(ScaleParams),
-                      sizeof(ResidualEParams), sizeof(Block), sizeof(Chunk)};
+  const int all[6] = {sizeof(ConvParams),      sizeof(GateParams), sizeof(ScaleParams),
+                      sizeof(ResidualEParams), sizeof(Block),      sizeof(Chunk)};
   std::memcpy(sizes, all, sizeof all);
 }
 

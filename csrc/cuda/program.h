@@ -19,12 +19,13 @@ struct StepHead {
 extern "C" {
 
 // Launches every step of `program` on `stream` of the current device, which has `sms` multiprocessors. The maps' slots
-// index `tensors`, addresses of `count` tensors. Returns 0, a CUDA error code, or a negative number: -1 no tile fits, -2 malformed, -3 no such kernel.
+// index `tensors`, addresses of `count` tensors. Returns 0, a CUDA error code, or a negative number: -1 no tile fits,
+// -2 malformed, -3 no such kernel.
 int fastsr_cuda_run(const unsigned char* program, long long bytes, void* const* tensors, int count, int sms,
                     void* stream);
 
-// Sizes of the parameter structs, for whoever mirrors them: ConvParams, GateParams, ScaleParams, ResidualEParams, Block,
-// Chunk.
+// Sizes of the parameter structs, for whoever mirrors them: ConvParams, GateParams, ScaleParams, ResidualEParams,
+// Block, Chunk.
 void fastsr_cuda_struct_sizes(int (&sizes)[6]);
 
 // The tile that fastsr_cuda_run chooses for a ConvParams: height (grid rows), stages, resident (sm_90), shared bytes.

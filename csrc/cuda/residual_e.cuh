@@ -1,9 +1,10 @@
 // CARN-M's residual-E unit in one launch: what would be four passes over memory, bound by it, becomes one.
 //
-// relu(x + W3 relu(W2 * relu(W1 * x + b1) + b2) + b3). W1 and W2 are 3x3 in four groups of 16 channels, which is exactly
-// m16n8k16: sixteen positions of a row, sixteen input channels, two times eight outputs. A warp keeps to one group and
-// holds that group's weights in registers; it walks down the rows, and each operand it loads serves the three output rows
-// that read it. A tile is 14 x 16: with its halo the first layer computes 16 columns, one operand, and the second too.
+// relu(x + W3 relu(W2 * relu(W1 * x + b1) + b2) + b3). W1 and W2 are 3x3 in four groups of 16 channels, which is
+// exactly m16n8k16: sixteen positions of a row, sixteen input channels, two times eight outputs. A warp keeps to one
+// group and holds that group's weights in registers; it walks down the rows, and each operand it loads serves the three
+// output rows that read it. A tile is 14 x 16: with its halo the first layer computes 16 columns, one operand, and the
+// second too.
 #pragma once
 
 #include "cuda/conv/tile.h"
@@ -20,10 +21,10 @@ struct ResidualETraits {
   static constexpr int kXWidth = 18, kXHeight = kHeight + 4;  // with a halo of two
   static constexpr int kHHeight = kHeight + 2;                // of the first layer; 16 columns, 18 apart
   static constexpr int kXPlane = 5776, kH1Plane = 5264, kH2Plane = 4112;
-  static constexpr int kPitch = kChannels + 4;                // floats a position takes in the staging buffer
-  static constexpr int kH1 = 8 * kXPlane;                     // h1 lies behind x; h2, later, in x's place
+  static constexpr int kPitch = kChannels + 4;  // floats a position takes in the staging buffer
+  static constexpr int kH1 = 8 * kXPlane;       // h1 lies behind x; h2, later, in x's place
   static constexpr int kSharedBytes = kH1 + 8 * kH1Plane;
-  static constexpr int kTapWords = 16 * 16;                   // elements of one 16 x 16 fragment
+  static constexpr int kTapWords = 16 * 16;  // elements of one 16 x 16 fragment
   static constexpr int kW2 = kGroups * 9 * kTapWords, kW3 = 2 * kW2, kBias = kW3 + kChannels * kChannels;
   static_assert(kXPlane >= kXWidth * kXHeight * 16 && kXPlane % 128 == 16);
   static_assert(kH1Plane >= kXWidth * kHHeight * 16 && kH1Plane % 128 == 16);
@@ -35,9 +36,10 @@ struct ResidualETraits {
 // from rows first .. first + count + 1 of `from`, sixteen columns each. keep(row, column): whether the position is in
 // the image; elsewhere zero is written, as the next layer's padding.
 template <typename Traits, typename Keep>
-__device__ __forceinline__ void grouped_layer(const unsigned char* from, int from_plane, unsigned char* to, int to_plane,
-                                              int to_pitch, int first, int count, const typename Traits::T* weights,
-                                              const typename Traits::T* bias, int group, int lane, const Keep& keep) {
+__device__ __forceinline__ void grouped_layer(const unsigned char* from, int from_plane, unsigned char* to,
+                                              int to_plane, int to_pitch, int first, int count,
+                                              const typename Traits::T* weights, const typename Traits::T* bias,
+                                              int group, int lane, const Keep& keep) {
   using T = typename Traits::T;
   uint4 b[9];
 #pragma unroll
@@ -158,13 +160,13 @@ __global__ void __launch_bounds__(Traits::kThreads, 2) residual_e_kernel(const _
   for (int i = lane / 8; i < 32; i += 4) {
     const int y = y0 + 2 * warp + i / 16, x = x0 + i % 16;
     if (i % 16 >= Traits::kWidth || y >= p.h || x >= p.w) continue;
-    const Octet<T> skip = *reinterpret_cast<const Octet<T>*>(image + y * p.x.row +
-                                                             static_cast<std::int64_t>(x) * p.x.pixel + octet * 8);
+    const Octet<T> skip =
+        *reinterpret_cast<const Octet<T>*>(image + y * p.x.row + static_cast<std::int64_t>(x) * p.x.pixel + octet * 8);
     Octet<T> out;
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const float v = staging[i * Traits::kPitch + octet * 8 + e] + to_float(bias[128 + octet * 8 + e]) +
-                      to_float(skip.v[e]);
+      const float v =
+          staging[i * Traits::kPitch + octet * 8 + e] + to_float(bias[128 + octet * 8 + e]) + to_float(skip.v[e]);
       out.v[e] = from_float<T>(v < 0.0f ? 0.0f : v);
     }
     T* to = reinterpret_cast<T*>(p.out.data) + n * p.out.image + y * p.out.row +

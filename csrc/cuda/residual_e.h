@@ -5,8 +5,8 @@
 
 namespace fastsr::cuda {
 
-// 64 channels in four groups of 16. packed: fragments of W1 [group][9 taps], of W2 alike and of W3 [64 outputs][64 / 16],
-// 16 x 16 each in the order of conv_sm80.cuh; then the three biases of 64.
+// 64 channels in four groups of 16. packed: fragments of W1 [group][9 taps], of W2 alike and of W3 [64 outputs][64 /
+// 16], 16 x 16 each in the order of conv_sm80.cuh; then the three biases of 64.
 struct ResidualEParams {
   Map x, out, packed;
   std::int32_t type, n, h, w;

@@ -1,9 +1,9 @@
 // Runs the kernels of csrc/cuda on the host. A host compiler reads this file where nvcc reads csrc/cuda/ptx.h.
 //
 // Every CUDA thread is a fiber; one thread block runs at a time, and in every round its threads run in a newly shuffled
-// order, until they wait. What the hardware does in the background happens here at one of the two extreme moments, by the
-// seed: copies and matrix products either when they are issued or only when they are waited for. So data used too early,
-// or overwritten too early, gives a wrong result with one seed or the other. Further:
+// order, until they wait. What the hardware does in the background happens here at one of the two extreme moments, by
+// the seed: copies and matrix products either when they are issued or only when they are waited for. So data used too
+// early, or overwritten too early, gives a wrong result with one seed or the other. Further:
 //
 // - shared memory starts as NaN, and what reads or writes beyond it is reported;
 // - a barrier that not all threads reach ends the launch with a report, as does a warp whose lanes do different things;
@@ -413,7 +413,7 @@ void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint
   std::memcpy(mine.a, a, 16);
   std::memcpy(mine.b[0], &b0, 4);
   std::memcpy(mine.b[1], &b1, 4);
-  const auto& all = reinterpret_cast<const unsigned char(&)[32][64]>(emulation::gather(mine, 4));
+  const auto& all = reinterpret_cast<const unsigned char (&)[32][64]>(emulation::gather(mine, 4));
   const int lane = emulation::state().current->linear % 32;
   for (int k = 0; k < 16; ++k) {
     const int quad = k % 8 / 2, far = k / 8, e = k % 2;
@@ -428,7 +428,8 @@ void mma(float (&d)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint
 }
 
 inline std::uint64_t wgmma_operand(std::uint32_t address, std::uint32_t leading, std::uint32_t stride) {
-  if (address % 16 != 0 || leading % 16 != 0 || stride % 16 != 0) emulation::report("a wgmma operand that is not aligned");
+  if (address % 16 != 0 || leading % 16 != 0 || stride % 16 != 0)
+    emulation::report("a wgmma operand that is not aligned");
   if (emulation::state().fault == emulation::kWrongStride) stride += 16;
   return (address & 0x3ffff) >> 4 | static_cast<std::uint64_t>(leading & 0x3ffff) >> 4 << 16 |
          static_cast<std::uint64_t>(stride & 0x3ffff) >> 4 << 32;

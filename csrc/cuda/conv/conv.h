@@ -5,12 +5,12 @@
 // Maps are stored N, H, W, C in bfloat16 or float16 with any strides but that of the channels, which is 1.
 //
 // Every convolution of the networks is brought into one form. The *grid* is the set of positions that one pass
-// computes; a position's tile is 8 wide. An output *block* is up to 64 rows of weights, in octets of eight channels, and
-// each octet says to which pixel of the position's cell it goes: so phases of a transposed or upsampled convolution,
-// PixelShuffle, and two output rows at once are ways of filling octets. A *chunk* of the sum is a few channels of one
-// source, read at grid positions times a step plus a phase: so strides are phases of the input. A chunk has taps, each
-// an offset into the halo tile in shared memory. Blocks, chunks and taps are a table that fastsr/_cuda_engine.py makes once per
-// shape of convolution (`lower`), together with the order of the packed weights.
+// computes; a position's tile is 8 wide. An output *block* is up to 64 rows of weights, in octets of eight channels,
+// and each octet says to which pixel of the position's cell it goes: so phases of a transposed or upsampled
+// convolution, PixelShuffle, and two output rows at once are ways of filling octets. A *chunk* of the sum is a few
+// channels of one source, read at grid positions times a step plus a phase: so strides are phases of the input. A chunk
+// has taps, each an offset into the halo tile in shared memory. Blocks, chunks and taps are a table that
+// fastsr/_cuda_forms.py makes once per shape of convolution (`lower`), together with the order of the packed weights.
 #pragma once
 
 #include <cstdint>

@@ -16,13 +16,13 @@ namespace fastsr::cuda {
 template <typename T_, int kRows_, int kWarps_>
 struct Sm80Traits {
   using T = T_;
-  static constexpr int kRows = kRows_;    // output channels
+  static constexpr int kRows = kRows_;  // output channels
   static constexpr int kWarps = kWarps_;
   static constexpr int kThreads = 32 * kWarps;
   static constexpr int kHeight = 4 * kWarps;
-  static constexpr int kPairs = kRows / 16;   // of eight columns: what four registers of weights hold
+  static constexpr int kPairs = kRows / 16;  // of eight columns: what four registers of weights hold
   static constexpr int kOctetsHere = kRows / 8;
-  static constexpr int kPitch = kRows + 4;    // floats a position takes in the staging buffer
+  static constexpr int kPitch = kRows + 4;  // floats a position takes in the staging buffer
   static_assert(kRows % 16 == 0 && kRows <= 64, "a block has 16, 32 or 64 rows");
   static_assert(32 % kOctetsHere == 0, "a lane keeps to one octet");
 };

@@ -1,12 +1,12 @@
 // Convolution by wgmma for Hopper.
 //
-// Weights are the A operand (64 output channels = M), positions the B operand (N = 64 to 256): a 64x256x16 product keeps
-// the tensor cores busy for 128 clocks and reads shared memory for 80, while the other way round both would take equally
-// long. B is read in place from the halo tile: a core matrix is eight neighbouring positions, so a tap is another start
-// address, and nothing is copied between the taps.
+// Weights are the A operand (64 output channels = M), positions the B operand (N = 64 to 256): a 64x256x16 product
+// keeps the tensor cores busy for 128 clocks and reads shared memory for 80, while the other way round both would take
+// equally long. B is read in place from the halo tile: a core matrix is eight neighbouring positions, so a tap is
+// another start address, and nothing is copied between the taps.
 //
-// A persistent grid. One warpgroup loads, two compute. Where a block's weights fit beside two stages they stay in shared
-// memory, and the computing warpgroups take alternate tiles, so that the epilogue of one hides under the other's
+// A persistent grid. One warpgroup loads, two compute. Where a block's weights fit beside two stages they stay in
+// shared memory, and the computing warpgroups take alternate tiles, so that the epilogue of one hides under the other's
 // products. Otherwise a stage brings its chunk's weights with the halo of two tiles, one for each warpgroup.
 #pragma once
 
@@ -24,9 +24,9 @@ struct Sm90Traits {
   static constexpr int kHeight = kHeight_;
   static constexpr int kN = 8 * kHeight;
   static constexpr int kAcc = kN / 2;
-  static constexpr int kGroup = 128;             // threads of a warpgroup
+  static constexpr int kGroup = 128;  // threads of a warpgroup
   static constexpr int kThreads = 3 * kGroup;
-  static constexpr int kPasses = kHeight / 4;    // of the epilogue, 32 positions each
+  static constexpr int kPasses = kHeight / 4;  // of the epilogue, 32 positions each
   // 65,536 registers for one loading and two computing warpgroups.
   static constexpr int kLoaderRegisters = 56, kComputeRegisters = 224;
   static_assert(kGroup * (kLoaderRegisters + 2 * kComputeRegisters) <= 65536);

@@ -16,16 +16,16 @@ namespace fastsr::cuda {
 template <typename T_>
 struct LastTraits {
   using T = T_;
-  static constexpr int kRows = 32;                         // columns of the product: tap * outputs + output
+  static constexpr int kRows = 32;  // columns of the product: tap * outputs + output
   static constexpr int kWarps = 8, kThreads = 32 * kWarps;
-  static constexpr int kHeight = 16, kWidth = 16;          // of a tile: one thread a pixel
+  static constexpr int kHeight = 16, kWidth = 16;  // of a tile: one thread a pixel
   static constexpr int kHaloWidth = kWidth + 2, kPositions = (kHeight + 2) * kHaloWidth;
-  static constexpr int kTiles = (kPositions + 15) / 16;    // of sixteen positions, counted along the halo's rows
+  static constexpr int kTiles = (kPositions + 15) / 16;  // of sixteen positions, counted along the halo's rows
   static constexpr int kOfWarp = (kTiles + kWarps - 1) / kWarps;
   static constexpr int kPlane = plane_bytes(kHeight + 2, kHaloWidth);
   // Floats between columns of the product: that of neighbouring positions, and of two columns, in different banks.
   static constexpr int kColumn = 340;
-  static constexpr int kSlack = kTiles * 16 * 16 - kPlane; // how far the last tile's positions reach over a plane
+  static constexpr int kSlack = kTiles * 16 * 16 - kPlane;  // how far the last tile's positions reach over a plane
   static_assert(kHeight * kWidth == kThreads && kColumn >= kTiles * 16 && kColumn % 16 == 4);
 };
 

@@ -134,7 +134,8 @@ struct HaloLoader {
 // Copies `tiles` weight tiles of kRows x 16, contiguous in both places.
 template <typename T, int kRows, int kThreads>
 __device__ __forceinline__ void load_weights(const ConvParams& p, unsigned char* to, int first, int tiles, int thread) {
-  const auto* from = reinterpret_cast<const unsigned char*>(p.packed.data) + static_cast<std::int64_t>(first) * kRows * 32;
+  const auto* from =
+      reinterpret_cast<const unsigned char*>(p.packed.data) + static_cast<std::int64_t>(first) * kRows * 32;
   for (int i = thread * 16; i < tiles * kRows * 32; i += kThreads * 16) copy_async(to + i, from + i, true);
 }
 

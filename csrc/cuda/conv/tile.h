@@ -35,8 +35,8 @@ inline int halo_bytes(const ConvParams& p, int height) {
   return divide_up(2 * p.steps * plane_bytes(height * p.row_pitch + p.halo_more, p.halo_w), 128) * 128;
 }
 
-// The share of the device's time that is spent on pixels of the image when tiles are `height` high: a last, partial wave
-// and the tiles' parts outside the image are lost. images = 0 leaves the waves out.
+// The share of the device's time that is spent on pixels of the image when tiles are `height` high: a last, partial
+// wave and the tiles' parts outside the image are lost. images = 0 leaves the waves out.
 inline float efficiency(const ConvParams& p, int height, int images, int workers) {
   const int tiles = tiles_of_image(p, height);
   const float inside = float(p.grid_h) * float(p.grid_w) / (float(tiles) * float(height * kTileColumns));
@@ -90,8 +90,8 @@ inline Sm90Plan plan_sm90(const ConvParams& p, int height, int sms) {
   return s;
 }
 
-// The best height, a wide wgmma first: N = 64 leaves no shared-memory bandwidth for anything else (64 x N x 16 takes N/2
-// clocks of arithmetic and reads its operands in N/4 + 16).
+// The best height, a wide wgmma first: N = 64 leaves no shared-memory bandwidth for anything else (64 x N x 16 takes
+// N/2 clocks of arithmetic and reads its operands in N/4 + 16).
 inline Sm90Plan choose_sm90(const ConvParams& p, int sms) {
   Sm90Plan best{};
   float best_value = 0;
