@@ -34,16 +34,9 @@ class KernelError(Exception):
 
 
 def cuda_include() -> Path | None:
-    """A folder with CUDA's headers: of the toolkit, or of the Triton package."""
+    """The folder of the CUDA toolkit's headers."""
     folders = [Path(os.environ[name]) / "include" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    folders.append(Path("/usr/local/cuda/include"))
-    folders += sorted(Path("/usr/local").glob("cuda-*/include"))
-    try:
-        import triton
-
-        folders.append(Path(triton.__file__).parent / "backends/nvidia/include")
-    except ImportError:
-        pass
+    folders += [Path("/usr/local/cuda/include"), *sorted(Path("/usr/local").glob("cuda-*/include"))]
     return next((f for f in folders if (f / "cuda_bf16.h").is_file() and (f / "vector_types.h").is_file()), None)
 
 
@@ -52,7 +45,7 @@ def library() -> ctypes.CDLL:
     """The kernels and the emulation, compiled once for each state of their sources, kept in build/emulation."""
     compiler, include = shutil.which("g++"), cuda_include()
     if compiler is None or include is None:
-        pytest.skip("the emulation of CUDA needs g++ and CUDA's headers (the toolkit's or Triton's)")
+        pytest.skip("the emulation of CUDA needs g++ and the CUDA toolkit's headers (set CUDA_HOME)")
     sources = [*sorted((ROOT / "csrc/cuda").rglob("*.cu")), EMULATION / "entry.cpp"]
     read = sorted(p for folder in (ROOT / "csrc/cuda", EMULATION) for p in folder.rglob("*") if p.is_file())
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in read) + " ".join(FLAGS).encode()).hexdigest()[:16]
