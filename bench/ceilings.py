@@ -1,7 +1,8 @@
 """What the machine can do at most, measured in the run that uses it: multiply-adds, float32 and bfloat16, and copying.
 
-Arithmetic is the best rate of torch's own matrix products and 64-channel 3x3 convolutions over several sizes, or that of
-`fastsr_cpu::peak`, multiply-adds out of registers, which is a few percent more on an idle processor. Copy bandwidth counts bytes read and bytes written, of blocks far beyond the last cache.
+Arithmetic is the best rate of torch's own matrix products and 64-channel 3x3 convolutions over several sizes, or that
+of `fastsr_cpu::peak`, multiply-adds out of registers, which is a few percent more on an idle processor. Bandwidth
+counts bytes read and bytes written in a copy of blocks far beyond the last cache.
 """
 
 from __future__ import annotations

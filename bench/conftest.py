@@ -36,7 +36,7 @@ def pytest_addoption(parser):
     group.addoption("--quick", action="store_true", help="few networks, small images, few rounds: five minutes")
     group.addoption("--with-compile", action="store_true", help="race torch.compile too; it compiles for minutes")
     group.addoption("--peers", help="only these peers, comma-separated; eager takes part always")
-    group.addoption("--resume", action="store_true", help="leave out cases that this commit has rows of already")
+    group.addoption("--resume", action="store_true", help="leave out cases that this clean commit has rows of")
     group.addoption("--results", type=Path, help="the CSV file to append to; 'none' for none")
 
 
@@ -58,7 +58,8 @@ class Session:
 
     def done(self, kind: str, name: str, sample: str, threads: int, engine: str | None = None) -> bool:
         """Whether --resume was given and this commit has such a row, of any engine if None: a race is written whole."""
-        if not self.config.getoption("resume") or self.path is None or not self.path.exists():
+        clean = not results.commit().endswith("+")  # files changed since would be taken for those that were measured
+        if not (clean and self.config.getoption("resume") and self.path is not None and self.path.exists()):
             return False
         if self._done is None:
             rows = results.read(self.path)
