@@ -66,6 +66,7 @@ def _find_kernels() -> None:
         assert spec is not None and spec.loader is not None
         package = sys.modules["fastsr.kernels"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(package)
+        sys.modules["fastsr"].kernels = package  # type: ignore[attr-defined]
 
 
 def missing() -> str | None:
@@ -275,11 +276,10 @@ FEW_TAPS = 64  # of a sample: up to here one pass reads less than two
 def _resize(out: Tensor, x: Tensor, height: int, width: int, scale_y: float, scale_x: float, method: str) -> None:
     from fastsr.kernels import resize_bicubic
 
-    block = 2**16 if interpreted() else 256
     rows = _taps(x.shape[2], height, scale_y, method, x.device)
     columns = _taps(x.shape[3], width, scale_x, method, x.device)
     if rows[0].shape[0] * columns[0].shape[0] <= FEW_TAPS:
-        resize_bicubic.prepare(out, x, rows, columns, block).run()
+        resize_bicubic.prepare(out, x, rows, columns).run()
         return
     n, c, h, w = x.shape
     if height / h <= width / w:  # the axis that shrinks most first
@@ -288,8 +288,8 @@ def _resize(out: Tensor, x: Tensor, height: int, width: int, scale_y: float, sca
         shape, first, second = (n, c, h, width), (_identity(h, x.device), columns), (rows, _identity(width, x.device))
     last = torch.channels_last if out.stride(1) == 1 else torch.contiguous_format
     between = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=last)
-    resize_bicubic.prepare(between, x, *first, block).run()
-    resize_bicubic.prepare(out, between, *second, block).run()
+    resize_bicubic.prepare(between, x, *first).run()
+    resize_bicubic.prepare(out, between, *second).run()
 
 
 @functools.lru_cache(maxsize=64)

@@ -70,7 +70,7 @@ NETWORKS: list[tuple[str, dict[str, Any]]] = [
     ("enhancenet", {}),
 ]
 
-FEWER = [("carn", {"mobile": True, "group": 4}), ("rcan", {}), ("dbpn", {}), ("esrgan", {}), ("enhancenet", {})]
+FEWER = [("carn", {"mobile": True, "group": 4}), ("rcan", {}), ("esrgan", {})]
 TASKS: list[tuple[str, Launch, int]] = []  # processes that compile inherit it: launches cannot be sent to them
 
 
@@ -160,12 +160,13 @@ def compiled(number: int) -> dict[str, Any]:
     assert numbers is not None, use
     opcodes = collections.Counter(OPCODE.findall(code.stdout))
     sources = launch.args["x"] if "KG" in launch.args else ()
-    wide = bool(sources) and launch.args["KG"] % 8 == 0 and all(t.shape[1] % 8 == 0 for t in sources)
+    aligned = bool(sources) and launch.args["KG"] % 8 == 0 and all(t.shape[1] % 8 == 0 for t in sources)
+    looped = aligned and launch.args["TAPS"] ** 2 * launch.args["ENDS"][-1] > 1
     return {
         "label": label(name, launch), "capability": capability, "seconds": round(seconds, 2),
         "registers": int(numbers[1]), "stack": int(numbers[2]), "spills": opcodes["LDL"] + opcodes["STL"],
         "tensor_cores": opcodes["HMMA"] if capability < 90 else opcodes["HGMMA"], "pipelined": opcodes["LDGSTS"],
-        "shared": kernel.metadata.shared, "products": "tl.dot" in launch.kernel.src, "wide": wide,
+        "shared": kernel.metadata.shared, "products": "tl.dot" in launch.kernel.src, "looped": looped,
     }  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def test_kernels_of_the_networks(kind, capabilities):
         assert kernel["shared"] <= SHARED[kernel["capability"]], kernel
         if kernel["products"] and kind != "ieee":
             assert kernel["tensor_cores"] > 0, kernel
-        if kernel["wide"]:  # channels in multiples of 16 bytes, which is what asynchronous copies need
+        if kernel["looped"]:  # over blocks of 16 bytes or more, which is what asynchronous copies need
             assert kernel["pipelined"] > 0, kernel
 
 
