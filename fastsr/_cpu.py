@@ -10,8 +10,7 @@ values of parameters; weights come packed, beside the images, in the tensors of 
 * `forms` chooses the algorithm of each convolution.
 * Products: float32 tensors are multiplied as such, bfloat16 tensors as bfloat16. Frozen float32 weights may ask for
   "bfloat16": bfloat16 products, and bfloat16 maps within the operator, but for those that are added later, the residual
-  trunk; and "careful": bfloat16 products, float32 maps. Convolutions from or to at most four channels, the first and
-  last of a network, always multiply in float32.
+  trunk. Convolutions from or to at most four channels, the first and last of a network, multiply in float32.
 
 The structures mirror csrc/cpu/conv/conv.h and csrc/cpu/program.h.
 """
@@ -283,27 +282,32 @@ def _outputs(step: recipes.Conv) -> int:
 # Which algorithm.
 
 
-def forms(step: recipes.Conv, inputs: int, height: int, width: int, bf16: bool, careful: bool) -> Iterator[str]:
-    """The forms to try for a convolution of so many channels of a map of height x width, best first; the first that
-    the engine does not refuse is taken. "direct" ends the list: it computes everything."""
+def forms(step: recipes.Conv, inputs: int, height: int, width: int, bf16: bool) -> Iterator[tuple[str, bool]]:
+    """The forms to try for a convolution of so many channels of a map of height x width, each with whether it is to
+    multiply in bfloat16, best first: the first that the engine does not refuse is taken.
+
+    The limits are where measured times cross, at 64 channels on one core. Winograd's forms save multiplications; they
+    pay with transforms, a tile at a time, and with weights that are several times as many to read. So maps must have
+    some tiles, and these some pixels; and there must be channels to spread the transforms over.
+    """
     kernel, stride, outputs = step.weight.shape[-1], step.stride, _outputs(step)
-    if outputs // step.shuffle**2 <= 4 and stride == 1 and not step.transposed and step.sums is None:
-        yield "narrow"  # sixteen lanes of outputs would stand mostly empty
-    if kernel == 1 and stride == 1:
-        yield "pointwise"
-    # Winograd saves multiplications and pays with transforms: there must be channels to spread them over, and tiles
-    # that are mostly filled.
-    tile = 3 if kernel == 5 else 4
-    if inputs >= BLOCK and min(inputs, outputs) // step.groups >= 8 and min(height, width) >= tile:
-        if kernel == 3 and stride == 1:
-            yield "winograd23" if careful else "winograd43"
-        elif kernel == 5 and stride == 1 and not careful:
-            yield "winograd25" if bf16 else "winograd35"  # F(3x3, 5x5) loses too much in bfloat16
-        elif kernel == 8 and stride == 4 and not careful:
-            yield "winograd32" if bf16 else "winograd42"
-        elif kernel == 6 and stride == 2 and not careful:
-            yield "winograd43"
-    yield "direct"
+    if outputs // step.shuffle**2 <= 4 and step.sums is None:
+        yield "narrow", False  # sixteen lanes of outputs would stand mostly empty
+    if kernel == 1:
+        yield "pointwise", bf16
+    coarse = height * width // (1 if step.transposed else stride**2)  # pixels of the smaller of both maps
+    if inputs >= (BLOCK if bf16 else 8) and inputs * outputs >= 144:
+        if (kernel, stride) == (3, 1) and coarse >= (24 if step.upsample == 1 else 1024):
+            if coarse >= 5 * math.ceil(height / 4) * math.ceil(width / 4):
+                yield "winograd43", bf16
+        elif (kernel, stride) == (5, 1) and coarse >= 12:
+            yield "winograd35", False  # F(2x2, 5x5) in bfloat16, the next that is exact enough, is no faster
+        elif (kernel, stride) == (8, 4) and coarse >= 100:
+            yield ("winograd32", True) if bf16 else ("winograd42", False)  # F(4x4, 2x2) loses too much in bfloat16
+        elif (kernel, stride) == (6, 2) and coarse >= 32:
+            yield "winograd43", bf16
+    yield "direct", bf16
+    yield "direct", False
 
 
 # Programs.
@@ -427,16 +431,15 @@ class Builder:
         ends = min(inputs, outputs // step.shuffle**2) <= 4
         bf16 = self.products != "float32" and not ends and _library.isa() == "avx512_bf16"
         why = ""
-        for form in forms(step, inputs, height, width, bf16, self.products == "careful"):
-            for product in (True, False) if bf16 else (False,):
-                shape = Shape(
-                    FORMS.index(form), product, len(widths), inputs, outputs, step.groups, kernel, step.stride,
-                    step.padding, step.transposed, step.upsample, step.shuffle, step.shuffle_order == "tf",
-                    _has_pre(step), step.pre_relu, 0, (c_int32 * MAX_SOURCES)(*widths),
-                )  # fmt: skip
-                why = torch.ops.fastsr_cpu.refuse(_bytes(shape))
-                if not why:
-                    return shape
+        for form, product in forms(step, inputs, height, width, bf16):
+            shape = Shape(
+                FORMS.index(form), product, len(widths), inputs, outputs, step.groups, kernel, step.stride,
+                step.padding, step.transposed, step.upsample, step.shuffle, step.shuffle_order == "tf",
+                _has_pre(step), step.pre_relu, 0, (c_int32 * MAX_SOURCES)(*widths),
+            )  # fmt: skip
+            why = torch.ops.fastsr_cpu.refuse(_bytes(shape))
+            if not why:
+                return shape
         raise Unsuitable(why)
 
     # Where everything lies.

@@ -34,7 +34,7 @@ class Door:
         packing.freeze([*module.parameters(), *module.buffers()], self.products)
         if self.products == "bfloat16":
             for name in getattr(module, "careful", ()):
-                packing.freeze([*module.get_submodule(name).parameters()], "careful")
+                packing.freeze([*module.get_submodule(name).parameters()], "float32")
         self.owner = weakref.ref(module)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -80,9 +80,9 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None) -> Module:
     the model's) and takes floating-point tensors of any dtype; what it returns has the dtype of the first one given.
 
     On a CPU, bfloat16 is a mode: parameters and the maps between operators stay float32, convolutions multiply in
-    bfloat16 and sum in float32, but for those from or to at most four channels, a network's first and last. Layers for
-    which that is not exact enough are named by the network (`Network.careful`). Without the kernels for it, or on a
-    processor without AVX512-BF16, it computes in float32.
+    bfloat16 and sum in float32, but for those from or to at most four channels, a network's first and last, and layers
+    that the network names (`Network.careful`). Without the kernels for it, or on a processor without AVX512-BF16, it
+    computes in float32.
 
     To change weights afterwards use `load_state_dict`; packed weights do not follow `p.data.mul_()` or a write through
     NumPy. Changing the original's weights does not change the result's. Raises TypeError for anything but a module or a

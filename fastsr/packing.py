@@ -40,8 +40,8 @@ _frozen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
 
 
 def freeze(tensors: Sequence[Tensor], products: str = "float32") -> None:
-    """Marks tensors as owned by an optimized module, and how convolutions with them are to multiply: "float32",
-    "bfloat16", or "careful", which is bfloat16 with more exact algorithms. The mark ends with the tensor."""
+    """Marks tensors as owned by an optimized module, and how convolutions with them are to multiply: "float32" or
+    "bfloat16". The mark ends with the tensor."""
     for t in tensors:
         number = id(t)
         _frozen[number] = (weakref.ref(t, lambda _, n=number: _frozen.pop(n, None)), products)

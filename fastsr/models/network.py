@@ -46,8 +46,9 @@ class Network(nn.Module):
         hints: fields of Config that no file can say; `load(..., field=value)` sets them.
         fixed: fields of Config that neither a file nor a hint changes.
         colour: "rgb" or "y", what the images are (BT.601 luma as MATLAB's rgb2ycbcr gives it, scaled to value_range).
-        careful: names of modules that `fastsr.optimize(dtype=torch.bfloat16)` has computed by more exact, slower
-            algorithms on a CPU, "" for all; where the network would else be less exact than torch's autocast.
+        careful: names of modules that `fastsr.optimize(dtype=torch.bfloat16)` leaves in float32 on a CPU, "" for all:
+            where the network would else be less exact than torch's autocast. Winograd's F(2x2, 3x3) in bfloat16, the
+            alternative, takes as long as F(4x4, 3x3) in float32.
         split: a part of the network has to see the whole image: it is `local_part` of `global_part`.
 
     `origin` is what `load` made it from; None for a network that was created.
