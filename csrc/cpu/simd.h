@@ -14,6 +14,8 @@
 #include <cstdint>
 
 #define FASTSR_INLINE static inline __attribute__((always_inline))
+// For unrolled code, which needs all registers to itself.
+#define FASTSR_NOINLINE static __attribute__((noinline))
 #define FASTSR_UNROLL _Pragma("GCC unroll 64")
 
 namespace fastsr::cpu {
@@ -42,6 +44,7 @@ FASTSR_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 FASTSR_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }    // a * b + c
 FASTSR_INLINE Vec fnma(Vec a, Vec b, Vec c) { return _mm512_fnmadd_ps(a, b, c); }  // c - a * b
 // The instructions return their second operand where one is NaN: a NaN in v stays.
+FASTSR_INLINE Vec at_least(Vec v, Vec floor) { return _mm512_max_ps(floor, v); }
 FASTSR_INLINE Vec positive(Vec v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
 FASTSR_INLINE Vec negative(Vec v) { return _mm512_min_ps(_mm512_setzero_ps(), v); }
 FASTSR_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
@@ -105,6 +108,9 @@ FASTSR_INLINE Vec fnma(Vec a, Vec b, Vec c) {  // c - a * b
   return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
 }
 // The instructions return their second operand where one is NaN: a NaN in v stays.
+FASTSR_INLINE Vec at_least(Vec v, Vec floor) {
+  return {_mm256_max_ps(floor.low, v.low), _mm256_max_ps(floor.high, v.high)};
+}
 FASTSR_INLINE Vec positive(Vec v) {
   return {_mm256_max_ps(_mm256_setzero_ps(), v.low), _mm256_max_ps(_mm256_setzero_ps(), v.high)};
 }

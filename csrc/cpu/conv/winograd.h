@@ -1,9 +1,8 @@
 // Winograd convolution: transform windows of the input, multiply position by position, transform back and store.
 //
-// A task is T tiles of one image, in the order of rows:
+// Tiles of an image, in the order of rows, are cut into batches of T tiles, and batches make tasks. For a batch:
 //
-//   1. In d In^T of every window, sixteen channels at once, to V[position][tile][input]. A window inside the image is read
-//      where it lies; one at an edge is copied first, with zeros around the image.
+//   1. In d In^T of every window, sixteen channels at once, to V[position][tile][input]. Windows are read where they lie.
 //   2. For every position M = V U, a T x K by K x 64 product.
 //   3. Out m Out^T of every tile and the whole epilogue, to the M x M pixels that are inside the image.
 //
@@ -12,15 +11,17 @@
 #pragma once
 
 #include "cpu/conv/products.h"
-#include "cpu/conv/winograd_layer.h"
+#include "cpu/conv/winograd_outputs.h"
 
 namespace fastsr::cpu {
 namespace {
 namespace winograd {
 
-constexpr int kGroup = 6;                        // tiles of a register block, and of a partial sum
-constexpr std::int64_t kCacheBytes = 640 << 10;  // of V and M
+// Of the second-level cache (1 MB on the processors we know): V and M have what weights leave them, and not more than is
+// of use; where weights do not fit, they are read again for every batch, which should then be large.
+constexpr std::int64_t kCacheBytes = 840 << 10, kMostBytes = 340 << 10, kStreamingBytes = 500 << 10;
 constexpr int kTasksAThread = 4;
+constexpr std::int64_t kLineBytes = 64;
 
 static inline const char* refuse_taps(const Shape& s, int taps) {
 #if !defined(__AVX512BF16__)
@@ -48,302 +49,127 @@ static inline const char* refuse_taps(const Shape& s, int taps) {
   return nullptr;
 }
 
-// Step 1 for one window and sixteen channels: pixels `row` and `pixel` apart, positions `position` apart.
-template <class Tile, typename From, typename To>
-static inline void transform_window(const From* x, std::int64_t row, std::int64_t pixel, To* v, std::int64_t position) {
-  constexpr int kSize = Tile::kSize;
-  Vec half[kSize][kSize];
-  FASTSR_UNROLL for (int j = 0; j < kSize; ++j) {
-    Vec d[kSize], o[kSize];
-    FASTSR_UNROLL for (int i = 0; i < kSize; ++i) d[i] = load(x + i * row + j * pixel);
-    Tile::input(d, o);
-    FASTSR_UNROLL for (int i = 0; i < kSize; ++i) half[i][j] = o[i];
-  }
-  FASTSR_UNROLL for (int i = 0; i < kSize; ++i) {
-    Vec o[kSize];
-    Tile::input(half[i], o);
-    FASTSR_UNROLL for (int j = 0; j < kSize; ++j) store(v + (i * kSize + j) * position, o[j]);
-  }
+template <class Tile>
+static const char* refuse(const Shape& s) {
+  if (s.bf16_products && !Tile::kBf16) return "products of bfloat16 are not accurate enough in this form";
+  return refuse_taps(s, Tile::kTaps);
 }
 
-// A source's pixels of one plane.
-struct View {
-  std::int64_t data;  // address of the plane's pixel (0, 0)
-  std::int64_t row, pixel, height, width;
-  std::int64_t origin_y, origin_x;  // of the window of tile (0, 0)
-  int type;
+// Products at `positions` positions: m[i][..] = sum over k of v[i][k] u[k][..], or that added to m. A position has `rows`
+// rows, a multiple of kGroup.
+template <typename T>
+struct Matrices {
+  const T *v, *u;
+  float* m;
+  int positions, rows, k;
+  std::int64_t v_position, u_position, m_position, v_pitch, m_pitch;
+  bool added;
+  Ahead* ahead;
+  std::int64_t lines;  // of it are fetched with every kSteps steps
 };
 
-// Copies the window at (y, x), sixteen channels or less, with the prologue (scale may be null) and zeros where there is
-// no image: they come after the prologue.
-static inline void copy_window(const View& view, std::int64_t y, std::int64_t x, int size, int channel, int lanes,
-                               const float* scale, const float* shift, bool relu, float* to) {
-  const Mask m = first(lanes);
-  const Vec a = scale != nullptr ? load(scale) : zero(), b = scale != nullptr ? load(shift) : zero();
-  for (int i = 0; i < size; ++i) {
-    for (int j = 0; j < size; ++j, to += kLanes) {
-      if (y + i < 0 || y + i >= view.height || x + j < 0 || x + j >= view.width) {
-        store(to, zero());
-        continue;
-      }
-      Vec v = load_any(view.data, (y + i) * view.row + (x + j) * view.pixel + channel, view.type, m);
-      if (scale != nullptr) v = fma(v, a, b);
-      if (relu) v = positive(v);
-      store(to, v);
-    }
-  }
-}
+constexpr int kSteps = 2;  // of a product, each over one input or a pair of bfloat16 inputs, between fetches
 
-// The tiles of a task.
-struct Tiles {
-  std::int64_t first, count, across;  // of the image; `across` of them make a row
-};
-
-// Step 1 for inputs begin .. end - 1 of K, both multiples of sixteen.
-template <class Tile, typename T>
-static void transform_inputs(const Conv& c, const Layer& l, const Packed& p, std::int64_t n, const Tiles& tiles,
-                             int begin, int end, T* v, std::int64_t pitch, std::int64_t position, float* patch) {
-  const Shape& s = c.shape;
-  const std::int64_t step = s.transposed ? 1 : s.stride;
-  int at = 0;  // of K
-  for (int plane = 0; plane < l.planes * l.planes; ++plane) {
-    const int plane_y = plane / l.planes, plane_x = plane % l.planes, plane_begin = at;
-    for (int i = 0; i < s.sources; ++i) {
-      const int source_begin = at, from = at > begin ? at : begin;
-      at += static_cast<int>(round_up(s.widths[i], kBlock));
-      const int to = at < end ? at : end;
-      if (from >= to) continue;
-      const Map& map = c.in[i];
-      const std::int64_t offset_y = step > 1 ? plane_y : 0, offset_x = step > 1 ? plane_x : 0;
-      const std::int64_t corner = n * map.image + offset_y * map.row + offset_x * map.pixel;
-      const View view = {map.data + corner * width_of(map.type),
-                         map.row * step,
-                         map.pixel * step,
-                         ceil_div(max_of(c.height - offset_y, 0), step),
-                         ceil_div(max_of(c.width - offset_x, 0), step),
-                         l.phases > 1 ? l.origin : first_input(s, Tile::kTaps, plane_y, 0),
-                         l.phases > 1 ? l.origin : first_input(s, Tile::kTaps, plane_x, 0),
-                         map.type};
-      std::int64_t tile_y = tiles.first / tiles.across, tile_x = tiles.first % tiles.across;
-      for (std::int64_t t = 0; t < tiles.count; ++t) {
-        const std::int64_t y = tile_y * Tile::kOutputs + view.origin_y, x = tile_x * Tile::kOutputs + view.origin_x;
-        const bool inside = y >= 0 && x >= 0 && y + Tile::kSize <= view.height && x + Tile::kSize <= view.width;
-        T* row = v + t * pitch - begin;
-        for (int k = from; k < to; k += kLanes) {
-          const int channel = k - source_begin, lanes = static_cast<int>(min_of(s.widths[i] - channel, kLanes));
-          const std::int64_t element = y * view.row + x * view.pixel + channel;
-          if (!inside || lanes < kLanes || s.has_pre || s.pre_relu) {
-            const int pre = k - plane_begin;
-            copy_window(view, y, x, Tile::kSize, channel, lanes, s.has_pre ? p.pre_scale + pre : nullptr,
-                        p.pre_shift + pre, s.pre_relu, patch);
-            transform_window<Tile>(patch, Tile::kSize * kLanes, kLanes, row + k, position);
-          } else if (view.type == kFloat) {
-            transform_window<Tile>(reinterpret_cast<const float*>(view.data) + element, view.row, view.pixel, row + k,
-                                   position);
-          } else {
-            transform_window<Tile>(reinterpret_cast<const bf16*>(view.data) + element, view.row, view.pixel, row + k,
-                                   position);
-          }
-        }
-        if (++tile_x == tiles.across) {
-          tile_x = 0;
-          ++tile_y;
-        }
-      }
-    }
-  }
-}
-
-// Step 2 for a few rows of one position: m[i][..] = sum over k of v[i][k] u[k][..], or that added to m. Rows are read
-// before they are stored, so m may be v.
+// Rows are read before they are stored, so m may be v.
 template <int kRows, int kBlocks, typename T>
-static inline void multiply_rows(const T* v, std::int64_t pitch, const T* u, int k, bool added, float* m,
-                                 std::int64_t m_pitch) {
+FASTSR_NOINLINE void multiply_rows(const Matrices<T>& p, const T* v, const T* u, float* m) {
   Vec acc[kRows][kBlocks];
   FASTSR_UNROLL for (int i = 0; i < kRows; ++i) {
     FASTSR_UNROLL for (int j = 0; j < kBlocks; ++j) acc[i][j] = zero();
   }
-  add_products<kRows, kBlocks>(v, pitch, u, k, acc);
-  if (added) {
+  Ahead::Cursor cursor = p.ahead->cursor;
+  const std::int64_t lines = p.lines;
+  Rows<kRows, T> rows(v, p.v_pitch);
+  int steps = sizeof(T) == 4 ? p.k : p.k / 2;
+  for (; steps >= kSteps; steps -= kSteps) {
+    FASTSR_UNROLL for (int i = 0; i < kSteps; ++i) add_steps<1>(rows, u, acc);
+    cursor.fetch(lines);
+  }
+  for (; steps > 0; --steps) add_steps<1>(rows, u, acc);
+  p.ahead->cursor = cursor;
+  if (p.added) {
     FASTSR_UNROLL for (int i = 0; i < kRows; ++i) {
       FASTSR_UNROLL for (int j = 0; j < kBlocks; ++j) {
-        acc[i][j] = add(acc[i][j], load(m + i * m_pitch + j * kLanes));
+        acc[i][j] = add(acc[i][j], load(m + i * p.m_pitch + j * kLanes));
       }
     }
   }
   FASTSR_UNROLL for (int i = 0; i < kRows; ++i) {
-    FASTSR_UNROLL for (int j = 0; j < kBlocks; ++j) store(m + i * m_pitch + j * kLanes, acc[i][j]);
+    FASTSR_UNROLL for (int j = 0; j < kBlocks; ++j) store(m + i * p.m_pitch + j * kLanes, acc[i][j]);
   }
 }
 
-template <int kBlocks, typename T>
-static void multiply(int rows, const T* v, std::int64_t pitch, const T* u, int k, bool added, float* m,
-                     std::int64_t m_pitch) {
-  int i = 0;
-  if constexpr (kBlocks <= 2 && kPanelBlocks > 1) {
-    for (; i + 2 * kGroup <= rows; i += 2 * kGroup) {
-      multiply_rows<2 * kGroup, kBlocks>(v + i * pitch, pitch, u, k, added, m + i * m_pitch, m_pitch);
-    }
+// Rows from `row` on. As many accumulators as there are registers for, 24 of 32: 6 x 4, 6 x 3, 12 x 2, 24 x 1. With AVX2
+// (16 registers, two a Vec), 6 x 1.
+template <int kRows, int kBlocks, typename T>
+FASTSR_INLINE void multiply_position(const Matrices<T>& p, int row, const T* v, const T* u, float* m) {
+  for (; row + kRows <= p.rows; row += kRows) {
+    multiply_rows<kRows, kBlocks>(p, v + row * p.v_pitch, u, m + row * p.m_pitch);
   }
-  for (; i < rows; i += kGroup) {
-    multiply_rows<kGroup, kBlocks>(v + i * pitch, pitch, u, k, added, m + i * m_pitch, m_pitch);
+  if constexpr (kRows > kGroup) {
+    if (row < p.rows) multiply_position<kRows - kGroup, kBlocks>(p, row, v, u, m);
+  }
+}
+
+template <int kRows, int kBlocks, typename T>
+static void multiply(const Matrices<T>& p) {
+  for (int i = 0; i < p.positions; ++i) {
+    multiply_position<kRows, kBlocks>(p, 0, p.v + i * p.v_position, p.u + i * p.u_position, p.m + i * p.m_position);
   }
 }
 
 template <typename T>
-static inline void multiply_panel(int blocks, int rows, const T* v, std::int64_t pitch, const T* u, int k, bool added,
-                                  float* m, std::int64_t m_pitch) {
+static inline void multiply_strip(int blocks, const Matrices<T>& p) {
   switch (blocks) {
 #if defined(__AVX512F__)
     case 4:
-      return multiply<4>(rows, v, pitch, u, k, added, m, m_pitch);
+      return multiply<kGroup, 4>(p);
     case 3:
-      return multiply<3>(rows, v, pitch, u, k, added, m, m_pitch);
+      return multiply<kGroup, 3>(p);
     case 2:
-      return multiply<2>(rows, v, pitch, u, k, added, m, m_pitch);
-#endif
+      return multiply<2 * kGroup, 2>(p);
     default:
-      return multiply<1>(rows, v, pitch, u, k, added, m, m_pitch);
+      return multiply<4 * kGroup, 1>(p);
+#else
+    default:
+      return multiply<kGroup, 1>(p);
+#endif
   }
 }
 
-// The part of a block of outputs that goes to one plane of the output.
-struct Part {
-  Emit emit;
-  int block, lane, lanes, channel;
-  std::int64_t rows, columns;        // of the phase
-  std::int64_t shift_y, shift_x;     // the tile's first output lies so far above (left of) tile * M
-  float sums[kLanes];                // of what was stored
-};
-
-// Makes the parts of a panel for one image; returns their number, at most sixteen a block.
-template <class Tile>
-static int make_parts(const Conv& c, const Layer& l, const Packed& packed, std::int64_t n, const Panel& panel,
-                      Part* parts) {
-  const Shape& s = c.shape;
-  const int end = (panel.block + panel.blocks) * kBlock;
-  int count = 0;
-  for (int at = panel.block * kBlock; at < end;) {
-    const Output o = output_channel(s, l, at);
-    if (o.of < 0) {
-      ++at;
-      continue;
-    }
-    Part& part = parts[count++];
-    part.block = at / kBlock - panel.block;
-    part.lane = at % kBlock;
-    part.lanes = static_cast<int>(min_of(kBlock - part.lane, l.width - o.channel));
-    part.channel = o.channel;
-    part.rows = ceil_div(max_of(c.out_height - o.phase_y, 0), l.phases);
-    part.columns = ceil_div(max_of(c.out_width - o.phase_x, 0), l.phases);
-    part.shift_y = first_input(s, Tile::kTaps, 0, o.phase_y) - l.origin;
-    part.shift_x = first_input(s, Tile::kTaps, 0, o.phase_x) - l.origin;
-    const Target t = {o.channel, part.lanes, l.phases * s.shuffle, o.phase_y * s.shuffle + o.shuffle / s.shuffle,
-                      o.phase_x * s.shuffle + o.shuffle % s.shuffle};
-    part.emit = make_emit(c, n, t, packed.bias + at, packed.slope + at);
-    if (c.scale.data != 0 && s.shuffle > 1) {  // its channels are those of the convolution, not of the plane
-      alignas(64) float scale[kLanes] = {};
-      const float* values = reinterpret_cast<const float*>(c.scale.data) + n * c.scale.image;
-      for (int i = 0; i < part.lanes; ++i) scale[i] = c.gain * values[output_channel(s, l, at + i).of];
-      part.emit.scale = load(scale);
-    }
-    at += part.lanes;
-  }
-  return count;
-}
-
-// Step 3 for one tile and block of sixteen outputs.
-template <class Tile>
-FASTSR_INLINE void transform_products(const float* m, std::int64_t position,
-                                      Vec (&y)[Tile::kOutputs][Tile::kOutputs]) {
-  constexpr int kSize = Tile::kSize, kOutputs = Tile::kOutputs;
-  Vec half[kOutputs][kSize];
-  FASTSR_UNROLL for (int j = 0; j < kSize; ++j) {
-    Vec d[kSize], o[kOutputs];
-    FASTSR_UNROLL for (int i = 0; i < kSize; ++i) d[i] = load(m + (i * kSize + j) * position);
-    Tile::output(d, o);
-    FASTSR_UNROLL for (int i = 0; i < kOutputs; ++i) half[i][j] = o[i];
-  }
-  FASTSR_UNROLL for (int i = 0; i < kOutputs; ++i) Tile::output(half[i], y[i]);
-}
-
-template <class Tile, bool kSums>
-static inline void store_tile(Part& part, const Vec (&v)[Tile::kOutputs][Tile::kOutputs], std::int64_t tile_y,
-                              std::int64_t tile_x) {
-  constexpr int kOutputs = Tile::kOutputs;
-  const std::int64_t y = tile_y * kOutputs - part.shift_y, x = tile_x * kOutputs - part.shift_x;
-  Vec sums = kSums ? load(part.sums) : zero();
-  const int top = static_cast<int>(max_of(0, -y)), bottom = static_cast<int>(min_of(kOutputs, part.rows - y));
-  if (part.lane == 0 && x >= 0 && x + kOutputs <= part.columns) {
-    for (int i = top; i < bottom; ++i) emit<kOutputs, kSums>(part.emit, y + i, x, kOutputs, v[i], sums);
-  } else {
-    const int left = static_cast<int>(max_of(0, -x)), right = static_cast<int>(min_of(kOutputs, part.columns - x));
-    alignas(64) float moved[2 * kLanes];
-    store(moved + kLanes, zero());
-    for (int i = top; i < bottom; ++i) {
-      for (int j = left; j < right; ++j) {
-        store(moved, v[i][j]);
-        const Vec lanes[1] = {load(moved + part.lane)};
-        emit<1, kSums>(part.emit, y + i, x + j, 1, lanes, sums);
-      }
-    }
-  }
-  if (kSums) store(part.sums, sums);
-}
-
-// Adds the sums of a group of tiles to its row of partial sums. Several parts may go to the same channels.
-static inline void add_sums(const Conv& c, std::int64_t n, std::int64_t group, Part* parts, int count) {
-  float* row = reinterpret_cast<float*>(c.partial.data) + n * c.partial.image + group * c.partial.row;
-  for (int i = 0; i < count; ++i) {
-    const Mask m = first(parts[i].lanes);
-    float* to = row + parts[i].channel;
-    store(to, add(load(to, m), load(parts[i].sums)), m);
-    store(parts[i].sums, zero());
-  }
-}
-
-template <class Tile, bool kSums>
-static void store_panel(const Conv& c, std::int64_t n, const Tiles& tiles, const float* m, std::int64_t pitch,
-                        std::int64_t position, Part* parts, int count) {
-  std::int64_t tile_y = tiles.first / tiles.across, tile_x = tiles.first % tiles.across;
-  for (std::int64_t t = 0; t < tiles.count; ++t) {
-    for (int i = 0; i < count;) {
-      const int block = parts[i].block;
-      Vec y[Tile::kOutputs][Tile::kOutputs];
-      transform_products<Tile>(m + t * pitch + block * kLanes, position, y);
-      for (; i < count && parts[i].block == block; ++i) store_tile<Tile, kSums>(parts[i], y, tile_y, tile_x);
-    }
-    if (kSums && ((t + 1) % kGroup == 0 || t + 1 == tiles.count)) {
-      add_sums(c, n, (tiles.first + t) / kGroup, parts, count);
-    }
-    if (++tile_x == tiles.across) {
-      tile_x = 0;
-      ++tile_y;
-    }
-  }
-}
-
-// How a task computes a layer. V holds either all of K, and M one panel; or V holds one chunk of K at a time, and M all
-// panels: whichever is less. With one panel and one chunk as wide as it, M overwrites V.
+// How a batch computes a layer. V holds either all of K, and M one panel; or V holds one chunk of K at a time, and M all
+// panels: whichever is less. With one panel, M overwrites V if no strip's sums overwrite what another strip reads.
 struct Scheme {
   bool chunked, in_place;
   int v_pitch, m_pitch;  // elements a tile
 };
 
 static inline Scheme make_scheme(const Shape& s, const Layer& l) {
-  const Panel p = panel_from(s, l, 0);
-  const std::int64_t element = s.bf16_products ? 2 : 4, columns = p.blocks * kBlock;  // of the largest panel
-  Scheme scheme = {};
-  scheme.chunked = s.groups == 1 && p.chunk * element + l.outputs * 4 < l.inputs * element + columns * 4;
-  scheme.v_pitch = scheme.chunked ? p.chunk : l.inputs;
-  scheme.m_pitch = scheme.chunked ? l.outputs : static_cast<int>(columns);
-  scheme.in_place = !s.bf16_products && p.chunks == 1 && columns == l.outputs && columns <= l.inputs && s.groups == 1 &&
-                    !scheme.chunked;
+  const Panel p = panel_from(s, l, 0, 1);
+  const Strip& first = p.strip[0];
+  const int element = s.bf16_products ? 2 : 4, columns = p.blocks * kBlock;  // of the largest panel
+  Scheme scheme;
+  scheme.chunked = s.groups == 1 && first.chunk * element + l.outputs * 4 < l.inputs * element + columns * 4;
+  scheme.v_pitch = scheme.chunked ? first.chunk : l.inputs;
+  scheme.m_pitch = scheme.chunked ? l.outputs : columns;
+  scheme.in_place = !s.bf16_products && columns == l.outputs && columns <= scheme.v_pitch && !scheme.chunked;
+  for (int i = 0; i < p.strips; ++i) {
+    const Strip& t = p.strip[i];
+    const bool own = t.begin == t.block * kBlock && t.end - t.begin == t.blocks * kBlock;
+    scheme.in_place = scheme.in_place && t.chunks == 1 && (p.strips == 1 || own);
+  }
   if (scheme.in_place) scheme.m_pitch = scheme.v_pitch;
   return scheme;
 }
 
-enum Own { kTilesY, kTilesX, kTasks, kTiles, kProductsAt, kPatchAt, kPartsAt };
+// Plan::own: tiles of an image; batches of an image, and tiles of the largest; tasks of an image; parts of the scratch.
+enum Own { kTilesY, kTilesX, kBatches, kTiles, kTasks, kProductsAt, kOthersAt };
+
+// What stands behind V and M in the scratch. Behind it are zeros, as many as the inputs of a plane.
+struct Others {
+  Ahead ahead;
+  Part parts[Panel::kBlocks * kBlock];
+};
 
 template <class Tile>
 static Plan plan(const Conv& c, int threads) {
@@ -360,127 +186,224 @@ static Plan plan(const Conv& c, int threads) {
   }
   const std::int64_t element = s.bf16_products ? 2 : 4;
   const std::int64_t bytes = Tile::kPositions * (scheme.v_pitch * element + (scheme.in_place ? 0 : scheme.m_pitch * 4));
-  const std::int64_t most = max_of(kCacheBytes / (kGroup * bytes), 1);
   const std::int64_t groups = ceil_div(p.own[kTilesY] * p.own[kTilesX], kGroup);
   const std::int64_t wanted = ceil_div(kTasksAThread * threads, c.n);  // tasks an image
-  p.own[kTasks] = max_of(ceil_div(groups, min_of(most, max_of(groups / wanted, 1))), 1);
-  p.own[kTiles] = ceil_div(groups, p.own[kTasks]) * kGroup;
-  const std::int64_t line = 64;
-  p.own[kProductsAt] = Tile::kPositions * (p.own[kTiles] * scheme.v_pitch * element + line);
-  p.own[kPatchAt] = p.own[kProductsAt];
+  const std::int64_t weights = packed_bytes<Tile>(s);
+  const std::int64_t room = weights > kCacheBytes - kMostBytes / 2 ? kStreamingBytes : min_of(kCacheBytes - weights, kMostBytes);
+  const std::int64_t most = max_of(room / (kGroup * bytes), 1);
+  const std::int64_t batch = max_of(min_of(most, groups / wanted), 1);  // in groups
+  p.own[kBatches] = max_of(ceil_div(groups, batch), 1);
+  p.own[kTiles] = ceil_div(groups, p.own[kBatches]) * kGroup;
+  p.own[kTasks] = ceil_div(p.own[kBatches], max_of(p.own[kBatches] / wanted, 1));
+  p.own[kProductsAt] = Tile::kPositions * (p.own[kTiles] * scheme.v_pitch * element + kLineBytes);
+  p.own[kOthersAt] = p.own[kProductsAt];
   if (scheme.in_place) {
     p.own[kProductsAt] = 0;
   } else {
-    p.own[kPatchAt] += Tile::kPositions * (p.own[kTiles] * scheme.m_pitch * 4 + line);
+    p.own[kOthersAt] += Tile::kPositions * (p.own[kTiles] * scheme.m_pitch * 4 + kLineBytes);
   }
-  p.own[kPartsAt] = p.own[kPatchAt] + Tile::kPositions * kLanes * 4;
-  p.scratch = p.own[kPartsAt] + kPanelBlocks * kBlock * static_cast<std::int64_t>(sizeof(Part));
+  p.scratch = p.own[kOthersAt] + static_cast<std::int64_t>(sizeof(Others)) + 4 * l.plane_inputs;
   p.tasks = c.n * p.own[kTasks];
   p.partials = groups;
   return p;
 }
 
 template <class Tile, typename T>
-static void run_tiles(const Conv& c, const Plan& plan, std::int64_t task, void* scratch) {
-  constexpr int kPositions = Tile::kPositions;
-  const Shape& s = c.shape;
-  const Layer l = make_layer(s, Tile::kTaps);
-  const Scheme scheme = make_scheme(s, l);
-  const Packed packed = unpack(l, s.has_pre, reinterpret_cast<void*>(c.packed.data));
-  const std::int64_t n = task / plan.own[kTasks], part = task % plan.own[kTasks];
-  const std::int64_t group = part * plan.partials / plan.own[kTasks];
-  const std::int64_t group_end = (part + 1) * plan.partials / plan.own[kTasks];
-  const std::int64_t all_tiles = plan.own[kTilesY] * plan.own[kTilesX];
-  const Tiles tiles = {group * kGroup, min_of(group_end * kGroup, all_tiles) - group * kGroup, plan.own[kTilesX]};
-  if (tiles.count <= 0) return;
-  const int rows = static_cast<int>(round_up(tiles.count, kGroup));
+struct Task {
+  static constexpr int kPositions = Tile::kPositions;
 
-  char* memory = static_cast<char*>(scratch);
-  T* v = reinterpret_cast<T*>(memory);
-  float* m = reinterpret_cast<float*>(memory + plan.own[kProductsAt]);
-  float* patch = reinterpret_cast<float*>(memory + plan.own[kPatchAt]);
-  Part* parts = reinterpret_cast<Part*>(memory + plan.own[kPartsAt]);
-  const std::int64_t v_position = plan.own[kTiles] * scheme.v_pitch + 64 / static_cast<int>(sizeof(T));
-  const std::int64_t m_position = scheme.in_place ? v_position : plan.own[kTiles] * scheme.m_pitch + 16;
+  const Conv& c;
+  const Plan& plan;
+  const Layer l;
+  const Scheme scheme;
+  const Packed packed;
+  std::int64_t n, batch, batch_end;
+  std::int64_t v_position, m_position;
+  T* v;
+  float* m;
+  Others& others;
+  char* zeros;
+  Panel panel;
 
-  if (c.partial.data != 0) {
-    for (std::int64_t g = group; g < group_end; ++g) {
-      float* row = reinterpret_cast<float*>(c.partial.data) + n * c.partial.image + g * c.partial.row;
-      std::memset(row, 0, round_up(l.width, kBlock) * 4);
+  Task(const Conv& c, const Plan& plan, std::int64_t task, char* scratch)
+      : c(c),
+        plan(plan),
+        l(make_layer(c.shape, Tile::kTaps)),
+        scheme(make_scheme(c.shape, l)),
+        packed(unpack(l, c.shape.has_pre, reinterpret_cast<void*>(c.packed.data))),
+        n(task / plan.own[kTasks]),
+        batch(task % plan.own[kTasks] * plan.own[kBatches] / plan.own[kTasks]),
+        batch_end((task % plan.own[kTasks] + 1) * plan.own[kBatches] / plan.own[kTasks]),
+        v_position(plan.own[kTiles] * scheme.v_pitch + kLineBytes / static_cast<int>(sizeof(T))),
+        m_position(scheme.in_place ? v_position : plan.own[kTiles] * scheme.m_pitch + kLineBytes / 4),
+        v(reinterpret_cast<T*>(scratch)),
+        m(reinterpret_cast<float*>(scratch + plan.own[kProductsAt])),
+        others(*reinterpret_cast<Others*>(scratch + plan.own[kOthersAt])),
+        zeros(scratch + plan.own[kOthersAt] + sizeof(Others)) {
+    panel.block = -1;
+    others.ahead.clear();
+    std::memset(zeros, 0, 4 * l.plane_inputs);
+  }
+
+  void find_panel(int block) {
+    if (panel.block != block) panel = panel_from(c.shape, l, block, kPositions);
+  }
+
+  Tiles tiles_of(std::int64_t batch) const {
+    const std::int64_t first = batch * plan.partials / plan.own[kBatches] * kGroup;
+    const std::int64_t end = (batch + 1) * plan.partials / plan.own[kBatches] * kGroup;
+    return {first, min_of(end, plan.own[kTilesY] * plan.own[kTilesX]) - first, plan.own[kTilesX]};
+  }
+
+  void transform(const Tiles& tiles, int begin, int end) {
+    transform_inputs<Tile>(c, l, packed, n, tiles, begin, end, zeros, v, scheme.v_pitch, v_position);
+  }
+
+  // One chunk of a panel at some positions; `lines` are fetched with every kSteps steps.
+  void multiply_chunk(const Strip& strip, const char* weights, const Tiles& tiles, int chunk,
+                      int position, int positions, float* to, std::int64_t lines) {
+    const int begin = chunk * strip.chunk, columns = strip.blocks * kBlock;
+    Matrices<T> p;
+    p.k = static_cast<int>(min_of(strip.chunk, strip.end - strip.begin - begin));
+    p.positions = positions;
+    p.rows = static_cast<int>(round_up(tiles.count, kGroup));
+    p.v_position = v_position;
+    p.u_position = static_cast<std::int64_t>(p.k) * columns;
+    p.m_position = m_position;
+    p.v = v + position * v_position + (scheme.chunked ? 0 : strip.begin + begin);
+    p.u = reinterpret_cast<const T*>(weights + strip.weights) + static_cast<std::int64_t>(begin) * kPositions * columns +
+          position * p.u_position;
+    p.m = to + position * m_position + (strip.block - panel.block) * kBlock;
+    p.v_pitch = scheme.v_pitch;
+    p.m_pitch = scheme.m_pitch;
+    p.added = chunk > 0;
+    p.lines = lines;
+    p.ahead = &others.ahead;
+    multiply_strip(strip.blocks, p);
+  }
+
+  // Starts fetching what is listed; returns how many lines make it end with so many chunks of the panel's products.
+  std::int64_t begin_ahead(const Tiles& tiles, int chunks) {
+    std::int64_t steps = 0;
+    for (int i = 0; i < panel.strips; ++i) {
+      const Strip& t = panel.strip[i];
+      const int rows = t.blocks > 2 || kPanelBlocks == 1 ? kGroup : 24 / t.blocks;
+      steps += kPositions * ceil_div(tiles.count, rows) * (chunks > 0 ? chunks : t.chunks) * t.chunk * sizeof(T) / (4 * kSteps);
+    }
+    others.ahead.begin();
+    return ceil_div(others.ahead.lines, steps);
+  }
+
+  int expect_panel(const Tiles& tiles) {
+    const int count = make_parts<Tile>(c, l, packed, n, panel, others.parts);
+    expect_outputs<Tile>(tiles, others.parts, count, others.ahead);
+    return count;
+  }
+
+  void finish_panel(const Tiles& tiles, const float* sums, int count) {
+    if (c.partial.data == 0) {
+      store_tiles<Tile, false>(c, n, tiles, sums, scheme.m_pitch, m_position, others.parts, count);
+      return;
+    }
+    for (int i = 0; i < count; ++i) store(others.parts[i].sums, zero());
+    store_tiles<Tile, true>(c, n, tiles, sums, scheme.m_pitch, m_position, others.parts, count);
+  }
+
+  // V holds all of K, M one panel.
+  void run_panels(const Tiles& tiles, const Tiles& next) {
+    transform(tiles, 0, l.inputs);
+    const char* weights = packed.weights;
+    for (int block = 0; block < l.outputs / kBlock;) {
+      find_panel(block);
+      block += panel.blocks;
+      others.ahead.clear();
+      const int count = expect_panel(tiles);
+      if (block == l.outputs / kBlock) expect_inputs<Tile>(c, l, n, next, 0, l.inputs, others.ahead);
+      const std::int64_t lines = begin_ahead(tiles, 0);
+      for (int i = 0; i < panel.strips; ++i) {
+        const Strip& strip = panel.strip[i];
+        // Chunks of one position follow each other, while their sums are in the first-level cache.
+        const int at_once = strip.chunks == 1 ? kPositions : 1;
+        for (int position = 0; position < kPositions; position += at_once) {
+          for (int chunk = 0; chunk < strip.chunks; ++chunk) {
+            multiply_chunk(strip, weights, tiles, chunk, position, at_once, m, lines);
+          }
+        }
+      }
+      finish_panel(tiles, m, count);
+      weights += panel.bytes;
     }
   }
-  // The last register block reads whole rows of V; what is in them must not be slow to multiply.
-  for (int position = 0; rows > tiles.count && position < kPositions; ++position) {
-    std::memset(v + position * v_position + tiles.count * scheme.v_pitch, 0,
-                (rows - tiles.count) * scheme.v_pitch * sizeof(T));
-  }
 
-  auto finish = [&](const Panel& panel, const float* products) {
-    const int count = make_parts<Tile>(c, l, packed, n, panel, parts);
-    if (c.partial.data != 0) {
-      for (int i = 0; i < count; ++i) store(parts[i].sums, zero());
-      store_panel<Tile, true>(c, n, tiles, products, scheme.m_pitch, m_position, parts, count);
-    } else {
-      store_panel<Tile, false>(c, n, tiles, products, scheme.m_pitch, m_position, parts, count);
-    }
-  };
-  // The product of one chunk of a panel at one position.
-  auto product = [&](const Panel& panel, const char* weights, int chunk, int position, int k, float* to) {
-    const int begin = chunk * panel.chunk;
-    const int length = static_cast<int>(min_of(panel.chunk, panel.end - panel.begin - begin));
-    const T* u = reinterpret_cast<const T*>(weights) +
-                 (static_cast<std::int64_t>(begin) * kPositions + static_cast<std::int64_t>(position) * length) *
-                     panel.blocks * kBlock;
-    multiply_panel(panel.blocks, rows, v + position * v_position + k, scheme.v_pitch, u, length, chunk > 0,
-                   to + position * m_position, scheme.m_pitch);
-  };
-
-  const int blocks = l.outputs / kBlock;
-  if (scheme.chunked) {
-    const Panel whole = panel_from(s, l, 0);
+  // V holds one chunk of K, M all panels.
+  void run_chunks(const Tiles& tiles, const Tiles& next) {
+    const Strip whole = strip_from(c.shape, l, 0, 1);
     for (int chunk = 0; chunk < whole.chunks; ++chunk) {
-      const int begin = chunk * whole.chunk;
-      transform_inputs<Tile>(c, l, packed, n, tiles, begin, static_cast<int>(min_of(begin + whole.chunk, l.inputs)), v,
-                             scheme.v_pitch, v_position, patch);
+      const int begin = chunk * whole.chunk, end = static_cast<int>(min_of(begin + whole.chunk, l.inputs));
+      const bool last = chunk + 1 == whole.chunks;
+      transform(tiles, begin, end);
+      others.ahead.clear();
+      if (last) {
+        expect_inputs<Tile>(c, l, n, next, 0, whole.chunk, others.ahead);
+      } else {
+        expect_inputs<Tile>(c, l, n, tiles, end, static_cast<int>(min_of(end + whole.chunk, l.inputs)), others.ahead);
+      }
       const char* weights = packed.weights;
-      for (int block = 0; block < blocks;) {
-        const Panel panel = panel_from(s, l, block);
+      std::int64_t lines = 0;
+      for (int block = 0; block < l.outputs / kBlock;) {
+        find_panel(block);
         float* to = m + block * kBlock;
-        for (int position = 0; position < kPositions; ++position) product(panel, weights, chunk, position, 0, to);
-        if (chunk + 1 == whole.chunks) finish(panel, to);
-        weights += panel_bytes(s, panel, kPositions);
+        const int count = last ? expect_panel(tiles) : 0;
+        if (last || block == 0) lines = begin_ahead(tiles, last ? 1 : l.outputs / kBlock / panel.blocks);
+        for (int i = 0; i < panel.strips; ++i) {
+          multiply_chunk(panel.strip[i], weights, tiles, chunk, 0, kPositions, to, lines);
+        }
+        if (last) {
+          finish_panel(tiles, to, count);
+          others.ahead.clear();
+        }
+        weights += panel.bytes;
         block += panel.blocks;
       }
     }
-    return;
   }
-  transform_inputs<Tile>(c, l, packed, n, tiles, 0, l.inputs, v, scheme.v_pitch, v_position, patch);
-  const char* weights = packed.weights;
-  for (int block = 0; block < blocks;) {
-    const Panel panel = panel_from(s, l, block);
-    for (int position = 0; position < kPositions; ++position) {
-      for (int chunk = 0; chunk < panel.chunks; ++chunk) {
-        product(panel, weights, chunk, position, panel.begin + chunk * panel.chunk, m);
+
+  void run() {
+    // Nobody has fetched what the first batch reads.
+    expect_inputs<Tile>(c, l, n, tiles_of(batch), 0, scheme.v_pitch, others.ahead);
+    others.ahead.begin();
+    others.ahead.cursor.fetch(others.ahead.lines);
+    for (; batch < batch_end; ++batch) {
+      const Tiles tiles = tiles_of(batch);
+      const Tiles next = batch + 1 < batch_end ? tiles_of(batch + 1) : Tiles{0, 0, 1};
+      if (tiles.count <= 0) continue;
+      // The last register block reads whole rows of V; what is in them must not be slow to multiply.
+      const std::int64_t unused = round_up(tiles.count, kGroup) - tiles.count;
+      for (int position = 0; unused > 0 && position < kPositions; ++position) {
+        std::memset(v + position * v_position + tiles.count * scheme.v_pitch, 0, unused * scheme.v_pitch * sizeof(T));
+      }
+      if (c.partial.data != 0) {
+        for (std::int64_t t = tiles.first; t < tiles.first + tiles.count; t += kGroup) {
+          float* row = reinterpret_cast<float*>(c.partial.data) + n * c.partial.image + t / kGroup * c.partial.row;
+          std::memset(row, 0, round_up(l.width, kBlock) * 4);
+        }
+      }
+      if (scheme.chunked) {
+        run_chunks(tiles, next);
+      } else {
+        run_panels(tiles, next);
       }
     }
-    finish(panel, m);
-    weights += panel_bytes(s, panel, kPositions);
-    block += panel.blocks;
+    end_stream();
   }
-}
+};
 
 template <class Tile>
 static void run(const Conv& c, const Plan& plan, std::int64_t task, void* scratch) {
 #if defined(__AVX512BF16__)
-  if (c.shape.bf16_products) return run_tiles<Tile, bf16>(c, plan, task, scratch);
+  if (c.shape.bf16_products) return Task<Tile, bf16>(c, plan, task, static_cast<char*>(scratch)).run();
 #endif
-  run_tiles<Tile, float>(c, plan, task, scratch);
-}
-
-template <class Tile>
-static const char* refuse(const Shape& s) {
-  if (s.bf16_products && !Tile::kBf16) return "products of bfloat16 are not accurate enough in this form";
-  return refuse_taps(s, Tile::kTaps);
+  Task<Tile, float>(c, plan, task, static_cast<char*>(scratch)).run();
 }
 
 template <class Tile>

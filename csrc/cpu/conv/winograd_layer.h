@@ -119,44 +119,79 @@ static inline int input_channel(const Shape& s, int position) {
 }
 
 // Blocks of sixteen outputs that read the same inputs, and are multiplied together.
+struct Strip {
+  int block, blocks;  // at most kPanelBlocks
+  int begin, end;     // of K; even
+  int chunks, chunk;  // parts of that range, each but the last of `chunk` inputs, a multiple of sixteen
+  std::int64_t weights;  // bytes from the panel's first to the strip's U[chunk][position][input][output]
+};
+
+// Up to four blocks of outputs, which are stored together: one strip, or several where groups read different inputs.
 struct Panel {
-  int block, blocks;
-  int begin, end;  // of K; even
-  int chunks, chunk;
+  static constexpr int kBlocks = 4;
+  int block, blocks, strips;
+  std::int64_t bytes;  // of weights
+  Strip strip[kBlocks];
 };
 
 static inline Range inputs_of(const Shape& s, const Layer& l, int block) {
   if (s.groups == 1) return {0, s.sources == 1 && l.planes == 1 ? (s.cin + 1) / 2 * 2 : l.inputs};
   const int group_in = s.cin / s.groups, group_out = s.cout / s.groups;
-  int low = s.groups, high = 0;
-  for (int lane = 0; lane < kBlock; ++lane) {
-    const int o = output_channel(s, l, block * kBlock + lane).of;
-    if (o < 0) continue;
-    low = o / group_out < low ? o / group_out : low;
-    high = o / group_out > high ? o / group_out : high;
+  int low = s.groups, high = -1;
+  for (int at = block * kBlock; at < (block + 1) * kBlock;) {  // a plane's channels ascend, and so do their groups
+    const Output o = output_channel(s, l, at);
+    const int count = static_cast<int>(min_of((block + 1) * kBlock - at, o.of < 0 ? 1 : l.width - o.channel));
+    if (o.of >= 0) {
+      const int first = o.of / group_out, last = output_channel(s, l, at + count - 1).of / group_out;
+      low = first < low ? first : low;
+      high = last > high ? last : high;
+    }
+    at += count;
   }
-  if (low > high) return {0, 2};
+  if (high < 0) return {0, 2};
   return {input_position(s, low * group_in) / 2 * 2, input_position(s, (high + 1) * group_in - 1) / 2 * 2 + 2};
 }
 
-// The panel that begins at a block. A run of equal blocks is cut evenly: five are three and two, not four and one.
-static inline Panel panel_from(const Shape& s, const Layer& l, int block) {
+// The strip that begins at a block, before `last`.
+static inline Strip strip_from(const Shape& s, const Layer& l, int block, int last) {
   const Range r = inputs_of(s, l, block);
-  Panel p = {block, 0, r.begin, r.end, static_cast<int>(ceil_div(r.end - r.begin, kChunk)), 0};
-  p.chunk = static_cast<int>(round_up(ceil_div(r.end - r.begin, p.chunks), kBlock));
-  auto same = [&](int other) {
-    const Range o = inputs_of(s, l, other);
-    return s.groups == 1 || (o.begin == r.begin && o.end == r.end);
-  };
-  // Panels before this one in the run were as large or one larger, so the rest is cut as the whole was.
   int left = 1;
-  while (block + left < l.outputs / kBlock && same(block + left)) ++left;
-  p.blocks = static_cast<int>(ceil_div(left, ceil_div(left, kPanelBlocks)));
+  for (; block + left < last; ++left) {
+    const Range o = inputs_of(s, l, block + left);
+    if (o.begin != r.begin || o.end != r.end) break;
+  }
+  Strip t;
+  t.block = block;
+  t.blocks = static_cast<int>(ceil_div(left, ceil_div(left, kPanelBlocks)));
+  t.begin = r.begin;
+  t.end = r.end;
+  // Several planes are summed one by one, or as many at once as are short.
+  const int most = l.planes == 1 || l.plane_inputs > kChunk ? kChunk : kChunk / l.plane_inputs * l.plane_inputs;
+  t.chunks = static_cast<int>(ceil_div(r.end - r.begin, most));
+  t.chunk = static_cast<int>(round_up(ceil_div(r.end - r.begin, t.chunks), kBlock));
+  return t;
+}
+
+// The panel that begins at a block. All are about equally large: five blocks are three and two, not four and one.
+static inline Panel panel_from(const Shape& s, const Layer& l, int block, int positions) {
+  const int left = l.outputs / kBlock - block;
+  Panel p;
+  p.block = block;
+  p.blocks = static_cast<int>(ceil_div(left, ceil_div(left, Panel::kBlocks)));
+  p.strips = 0;
+  p.bytes = 0;
+  for (int at = block; at < block + p.blocks;) {
+    Strip& t = p.strip[p.strips++] = strip_from(s, l, at, block + p.blocks);
+    t.weights = p.bytes;
+    const std::int64_t element = s.bf16_products ? 2 : 4;
+    p.bytes += round_up(element * positions * (t.end - t.begin) * t.blocks * kBlock, 64);
+    at += t.blocks;
+  }
   return p;
 }
 
 // The packed blob: bias and slopes in packed order, zeros behind the last; the prologue's vectors in the order of a
-// plane's inputs; then for every panel its transformed weights U[chunk][position][input][output], bfloat16
+// plane's inputs; then for every strip its transformed weights U[chunk][position][input][output], in bfloat16
 // U[chunk][position][input / 2][output][2].
 struct Packed {
   float *bias, *slope, *pre_scale, *pre_shift;
@@ -173,37 +208,74 @@ static inline Packed unpack(const Layer& l, bool has_pre, void* packed) {
   return p;
 }
 
-FASTSR_INLINE std::int64_t panel_bytes(const Shape& s, const Panel& p, int positions) {
-  const std::int64_t element = s.bf16_products ? 2 : 4;
-  return round_up(element * positions * (p.end - p.begin) * p.blocks * kBlock, 64);
-}
-
 template <class Tile>
 static std::int64_t packed_bytes(const Shape& s) {
   const Layer l = make_layer(s, Tile::kTaps);
   std::int64_t bytes = unpack(l, s.has_pre, nullptr).weights - static_cast<char*>(nullptr);
   for (int block = 0; block < l.outputs / kBlock;) {
-    const Panel p = panel_from(s, l, block);
-    bytes += panel_bytes(s, p, Tile::kPositions);
+    const Panel p = panel_from(s, l, block, Tile::kPositions);
+    bytes += p.bytes;
     block += p.blocks;
   }
   return bytes;
 }
 
-// The taps between an output and an input of K, summed where several rows of the kernel read one input.
-template <class Tile>
-static void gather_taps(const Shape& s, const Layer& l, const float* weight, const Output& o, int input,
-                        double (&g)[Tile::kTaps][Tile::kTaps]) {
-  const int plane = input / l.plane_inputs, channel = input_channel(s, input % l.plane_inputs);
-  for (auto& row : g) {
-    for (double& tap : row) tap = 0.0;
+// Which tap of the plane and phase a row (column) of the kernel is, for all of them; negative if none.
+struct Taps {
+  static constexpr int kMostKernel = 64;
+  signed char of[kMostPhases][kMostKernel];  // [plane or phase][row of the kernel]: there are never several of both
+
+  Taps(const Shape& s, const Layer& l, int taps) {
+    for (int i = 0; i < l.planes * l.phases; ++i) {
+      for (int k = 0; k < s.kernel; ++k) {
+        of[i][k] = static_cast<signed char>(tap_of(s, taps, l.planes > 1 ? i : 0, l.planes > 1 ? 0 : i, k));
+      }
+    }
   }
-  if (o.of < 0 || channel < 0) return;
-  for (int ky = 0; ky < s.kernel; ++ky) {
-    const int y = tap_of(s, Tile::kTaps, plane / l.planes, o.phase_y, ky);
-    for (int kx = 0; y >= 0 && kx < s.kernel; ++kx) {
-      const int x = tap_of(s, Tile::kTaps, plane % l.planes, o.phase_x, kx);
-      if (x >= 0) g[y][x] += weight_at(s, weight, o.of, channel, ky, kx);
+};
+
+// U of a strip: Ker g Ker^T, where g are the taps between an output and an input of K; several rows of the kernel that
+// meet one input are summed.
+template <class Tile>
+static void pack_strip(const Shape& s, const Layer& l, const Strip& t, const float* weight, char* to) {
+  constexpr int kSize = Tile::kSize, kTaps = Tile::kTaps;
+  const typename Tile::Kernel ker = Tile::kernel();
+  const Taps taps(s, l, kTaps);
+  const int columns = t.blocks * kBlock;
+  for (int column = 0; column < columns; ++column) {
+    const Output o = output_channel(s, l, t.block * kBlock + column);
+    for (int input = t.begin; o.of >= 0 && input < t.end; ++input) {
+      const int plane = input / l.plane_inputs, channel = input_channel(s, input % l.plane_inputs);
+      if (channel < 0) continue;
+      const signed char* of_y = taps.of[l.planes > 1 ? plane / l.planes : o.phase_y];
+      const signed char* of_x = taps.of[l.planes > 1 ? plane % l.planes : o.phase_x];
+      double g[kTaps][kTaps] = {}, half[kSize][kTaps];
+      for (int ky = 0; ky < s.kernel; ++ky) {
+        for (int kx = 0; of_y[ky] >= 0 && kx < s.kernel; ++kx) {
+          if (of_x[kx] >= 0) g[of_y[ky]][of_x[kx]] += weight_at(s, weight, o.of, channel, ky, kx);
+        }
+      }
+      for (int y = 0; y < kSize; ++y) {
+        for (int x = 0; x < kTaps; ++x) {
+          half[y][x] = 0.0;
+          for (int i = 0; i < kTaps; ++i) half[y][x] += ker.of[y][i] * g[i][x];
+        }
+      }
+      const int begin = (input - t.begin) / t.chunk * t.chunk, k = input - t.begin - begin;
+      const int length = static_cast<int>(min_of(t.chunk, t.end - t.begin - begin));
+      std::int64_t at = static_cast<std::int64_t>(begin) * Tile::kPositions * columns;
+      at += s.bf16_products ? (k / 2 * columns + column) * 2 + k % 2 : k * columns + column;
+      for (int y = 0; y < kSize; ++y) {
+        for (int x = 0; x < kSize; ++x, at += length * columns) {
+          double u = 0.0;
+          for (int i = 0; i < kTaps; ++i) u += half[y][i] * ker.of[x][i];
+          if (s.bf16_products) {
+            reinterpret_cast<bf16*>(to)[at] = to_bf16(static_cast<float>(u));
+          } else {
+            reinterpret_cast<float*>(to)[at] = static_cast<float>(u);
+          }
+        }
+      }
     }
   }
 }
@@ -211,10 +283,8 @@ static void gather_taps(const Shape& s, const Layer& l, const float* weight, con
 template <class Tile>
 static void pack(const Shape& s, const float* weight, const float* bias, const float* slope, const float* pre_scale,
                  const float* pre_shift, void* packed) {
-  constexpr int kSize = Tile::kSize, kTaps = Tile::kTaps;
-  const Layer l = make_layer(s, kTaps);
+  const Layer l = make_layer(s, Tile::kTaps);
   const Packed to = unpack(l, s.has_pre, packed);
-  const typename Tile::Kernel ker = Tile::kernel();
   for (int i = 0; i < l.outputs + kBlock; ++i) {
     const int o = i < l.outputs ? output_channel(s, l, i).of : -1;
     to.bias[i] = o >= 0 && bias != nullptr ? bias[o] : 0.0f;
@@ -227,38 +297,10 @@ static void pack(const Shape& s, const float* weight, const float* bias, const f
   }
   char* weights = to.weights;
   for (int block = 0; block < l.outputs / kBlock;) {
-    const Panel p = panel_from(s, l, block);
-    const int columns = p.blocks * kBlock;
-    std::memset(weights, 0, panel_bytes(s, p, Tile::kPositions));
-    for (int column = 0; column < columns; ++column) {
-      const Output o = output_channel(s, l, block * kBlock + column);
-      for (int input = p.begin; input < p.end; ++input) {
-        double g[kTaps][kTaps], half[kSize][kTaps];
-        gather_taps<Tile>(s, l, weight, o, input, g);
-        for (int y = 0; y < kSize; ++y) {
-          for (int x = 0; x < kTaps; ++x) {
-            half[y][x] = 0.0;
-            for (int i = 0; i < kTaps; ++i) half[y][x] += ker.of[y][i] * g[i][x];
-          }
-        }
-        const int chunk = (input - p.begin) / p.chunk, begin = chunk * p.chunk, k = input - p.begin - begin;
-        const int length = static_cast<int>(min_of(p.chunk, p.end - p.begin - begin));
-        std::int64_t at = (static_cast<std::int64_t>(begin) * Tile::kPositions) * columns;
-        at += s.bf16_products ? (k / 2 * columns + column) * 2 + k % 2 : k * columns + column;
-        for (int y = 0; y < kSize; ++y) {
-          for (int x = 0; x < kSize; ++x, at += length * columns) {
-            double u = 0.0;
-            for (int i = 0; i < kTaps; ++i) u += half[y][i] * ker.of[x][i];
-            if (s.bf16_products) {
-              reinterpret_cast<bf16*>(weights)[at] = to_bf16(static_cast<float>(u));
-            } else {
-              reinterpret_cast<float*>(weights)[at] = static_cast<float>(u);
-            }
-          }
-        }
-      }
-    }
-    weights += panel_bytes(s, p, Tile::kPositions);
+    const Panel p = panel_from(s, l, block, Tile::kPositions);
+    std::memset(weights, 0, p.bytes);
+    for (int i = 0; i < p.strips; ++i) pack_strip<Tile>(s, l, p.strip[i], weight, weights + p.strip[i].weights);
+    weights += p.bytes;
     block += p.blocks;
   }
 }
