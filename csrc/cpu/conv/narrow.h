@@ -15,7 +15,7 @@ namespace {
 namespace few_outputs {
 
 constexpr int kMostOutputs = 4;
-constexpr std::int64_t kTileColumns = 96, kTileRows = 16;
+constexpr std::int64_t kTileColumns = 192, kTileRows = 32;
 
 // Pixels of a register block, by the number of outputs.
 template <int kOutputs>
@@ -143,7 +143,10 @@ FASTSR_INLINE void add_inputs(Rows<kPixels<kOutputs>, From>& rows, Mask mask, co
   FASTSR_UNROLL for (int o = 0; o < kOutputs; ++o) b[o] = load(w + o * kLanes);
   FASTSR_UNROLL for (int i = 0; i < kPixels<kOutputs>; ++i) {
     const From* p = rows.at[i / 3] + i % 3 * rows.step;
-    const Vec x = kWhole ? load(p) : load(p, mask);
+    Vec x = kWhole ? load(p) : load(p, mask);
+#if defined(__AVX512F__)
+    if (kOutputs > 1) asm("" : "+v"(x));  // else it is loaded again for each product
+#endif
     FASTSR_UNROLL for (int o = 0; o < kOutputs; ++o) acc[i][o] = fma(x, b[o], acc[i][o]);
   }
   FASTSR_UNROLL for (int i = 0; i < Rows<kPixels<kOutputs>, From>::kPointers; ++i) {
