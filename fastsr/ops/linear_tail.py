@@ -218,7 +218,7 @@ def _(make):
     yield make(1, 2, 1, 3), [make(3, 2, 3, 3), make(2, 3, 1, 1)], [make(3), make(2)]
     # RCAN, RDN and MSRN x4, with the shift of colours behind; MSRN's x3 of luma; x2; x8
     four, shifted = [make(256, 64, 3, 3), make(256, 64, 3, 3), make(3, 64, 3, 3)], make(3, 3, 1, 1)
-    yield make(1, 64, 24, 25), [*four, shifted], [make(256), make(256), make(3), make(3)]
-    yield make(1, 64, 12, 13), [make(576, 64, 3, 3), make(1, 64, 3, 3)], []
-    yield make(1, 64, 17, 16), [make(256, 64, 3, 3), make(3, 64, 3, 3)], [make(256), make(3)], 1 / 255
-    yield make(1, 64, 12, 12), [four[0], *four], [make(256), make(256), make(256), make(3)]
+    yield make(1, 64, 12, 13), [*four, shifted], [make(256), make(256), make(3), make(3)]
+    yield make(1, 64, 7, 9), [make(576, 64, 3, 3), make(1, 64, 3, 3)], []
+    yield make(1, 64, 9, 16), [make(256, 64, 3, 3), make(3, 64, 3, 3)], [make(256), make(3)], 1 / 255
+    yield make(1, 64, 4, 5), [four[0], *four], [make(256), make(256), make(256), make(3)]
