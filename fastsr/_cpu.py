@@ -182,15 +182,16 @@ class Runner:
         self.places = [
             (i, not isinstance(a, Tensor)) for i, a in enumerate(args) if isinstance(a, (Tensor, list, tuple))
         ]
-        self.programs: dict[str, Program] = {}
-        program = self._program("float32")
+        self.programs: dict[tuple[str, bool], Program] = {}
+        program = self._program("float32", False)
         self.images, self.parameters = program.images, program.parameters
         self.run = torch.ops.fastsr_cpu.run.default
 
-    def _program(self, products: str) -> Program:
-        program = self.programs.get(products)
+    def _program(self, products: str, any_size: bool) -> Program:
+        program = self.programs.get((products, any_size))
         if program is None:
-            program = self.programs[products] = Builder(self.op, self.args, products).program()
+            program = Builder(self.op, self.args, products, any_size).program()
+            self.programs[products, any_size] = program
         return program
 
     def tensors(self, out: Tensor, *args: Any) -> tuple[list[Tensor], Program]:
@@ -199,7 +200,8 @@ class Runner:
         for place, several in self.places:
             given.extend(args[place]) if several else given.append(args[place])
         parameters = [given[i] for i in self.parameters]
-        program = self._program(packing.products(parameters[0]) or "float32")
+        mode = packing.frozen(parameters[0])
+        program = self._program(mode.products, mode.any_size) if mode is not None else self._program("float32", False)
         packed = packing.kept(program.key, parameters, lambda: self._pack(program, args))
         return [out, *[given[i] for i in self.images], *packed], program
 
@@ -209,7 +211,7 @@ class Runner:
 
     def _pack(self, program: Program, args: Sequence[Any]) -> list[Tensor]:
         # New tensors each, so that a recipe that compares its arguments finds them different, as it did in Builder.
-        recipe = _recipe(self.op, _replace(args, [t.detach() for t in _tensors(args)]))
+        recipe = _recipe(self.op, _replace(args, [t.detach() for t in _tensors(args)]), program.any_size)
         weighty = [step for step in recipe.steps if isinstance(step, (recipes.Conv, recipes.Gate))]
         return [_pack(step, shape) for step, shape in zip(weighty, program.shapes, strict=True)]
 
@@ -235,9 +237,9 @@ def _shadow(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
 
 
-def _recipe(op: Op[..., Any], args: Sequence[Any]) -> Recipe:
+def _recipe(op: Op[..., Any], args: Sequence[Any], any_size: bool = False) -> Recipe:
     if op is linear_tail:
-        return _cpu_tail.recipe(*args)
+        return _cpu_tail.recipe(*args, any_size)
     assert op.recipe_of is not None
     return op.recipe_of(*args)
 
@@ -317,13 +319,14 @@ def forms(step: recipes.Conv, inputs: int, height: int, width: int, bf16: bool) 
 class Program:
     """code: uint8. images, parameters: which tensors of an operator are its maps, in the order of their slots from 1
     on, and which are not. shapes: of the convolutions, as bytes, and None for gates, in order: what is packed into the
-    slots that follow. key: equal for programs that pack the same."""
+    slots that follow. key: equal for programs that pack the same. any_size: no size of image needs other weights."""
 
     code: Tensor
     images: tuple[int, ...]
     parameters: tuple[int, ...]
     shapes: tuple[Tensor | None, ...]
     key: bytes
+    any_size: bool
 
 
 class Unsuitable(Exception):
@@ -391,10 +394,11 @@ def _skips(step: recipes.Conv) -> tuple[View, ...]:
 class Builder:
     """Turns the recipe of an operator for arguments like these into a program. Raises Unsuitable at once."""
 
-    def __init__(self, op: Op[..., Any], args: Sequence[Any], products: str) -> None:
+    def __init__(self, op: Op[..., Any], args: Sequence[Any], products: str, any_size: bool = False) -> None:
+        self.any_size = any_size  # no form may be chosen by the size of the map
         tensors = [_shadow(t) for t in _tensors(args)]  # no two the same, whatever was given
         shadows = _replace(args, tensors)
-        self.recipe = recipe = _recipe(op, shadows)
+        self.recipe = recipe = _recipe(op, shadows, any_size)
         self.type = TYPES[tensors[0].dtype]
         if self.type == BF16 and products == "float32":
             products = "bfloat16"
@@ -427,7 +431,7 @@ class Builder:
             raise Unsuitable(f"{len(widths)} maps read as one (at most {MAX_SOURCES})")
         if len(_skips(step)) > 2:
             raise Unsuitable(f"a skip of {len(_skips(step))} maps (at most 2)")
-        _, height, width = self._size(step.sources[0])
+        _, height, width = (0, 1 << 16, 1 << 16) if self.any_size else self._size(step.sources[0])
         ends = min(inputs, outputs // step.shuffle**2) <= 4
         bf16 = self.products != "float32" and not ends and _library.isa() == "avx512_bf16"
         why = ""
@@ -497,7 +501,7 @@ class Builder:
             parts += [Step(kind, ctypes.sizeof(step)), step]
         shapes = [self.convolutions.get(i) for i, s in enumerate(self.recipe.steps) if self._has_weights(s)]
         packed = tuple(None if s is None else _bytes(s) for s in shapes)
-        return Program(_bytes(*parts), self.images, self.parameters, packed, self.key)
+        return Program(_bytes(*parts), self.images, self.parameters, packed, self.key, self.any_size)
 
     @staticmethod
     def _has_weights(step: recipes.Step) -> bool:

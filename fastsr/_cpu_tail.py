@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from fastsr.ops.linear_tail import linear_tail, merged_recipe, unmergeable
@@ -16,15 +17,17 @@ from fastsr.recipes import Conv, Recipe
 TILES = {3: 4, 5: 3}  # pixels along an axis of a tile of Winograd's F(4x4, 3x3) and F(3x3, 5x5), by the kernel
 FEW = 4  # outputs of the last layer, which has a form of its own, without tiles
 LANES = 16
+LARGE = 256
 
 
-def recipe(x: Tensor, weights: list[Tensor], biases: list[Tensor], gain: float) -> Recipe:
-    """The recipe that the engine runs."""
+def recipe(x: Tensor, weights: list[Tensor], biases: list[Tensor], gain: float, any_size: bool = False) -> Recipe:
+    """The recipe that the engine runs; with any_size that for a large image, if x can have it."""
     assert linear_tail.recipe_of is not None
     ways = [linear_tail.recipe_of]
     if unmergeable(x, weights) is None:
         ways.append(merged_recipe)
-    likes = x.to("meta"), [w.to("meta") for w in weights], [b.to("meta") for b in biases], gain
+    like = torch.empty((*x.shape[:2], LARGE, LARGE), device="meta") if any_size else x.to("meta")
+    likes = like, [w.to("meta") for w in weights], [b.to("meta") for b in biases], gain
     return min(ways, key=lambda way: products(way(*likes)))(x, weights, biases, gain)
 
 

@@ -21,20 +21,31 @@ class Door:
     """The hooks of a frozen module: what comes in is cast to the parameters' dtype, what goes out to the dtype that
     came in, and the parameters of a copy are frozen like those that were copied."""
 
-    def __init__(self, dtype: torch.dtype | None, products: str) -> None:
-        self.dtype = dtype  # of a module without parameters
-        self.products = products
+    def __init__(self) -> None:
+        self.dtype: torch.dtype | None = None  # of a module without parameters
+        self.products = "float32"
+        self.keep_weights = True
+        self.released = False
         self.owner: weakref.ref[nn.Module] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
+        self.needs_weights()
         return self.__dict__ | {"owner": None}
+
+    def needs_weights(self, *args: Any) -> None:
+        """Raises RuntimeError if the weights are gone; the hook of `state_dict` and `load_state_dict`."""
+        if self.released:
+            raise RuntimeError(
+                "optimize(keep_weights=False) gave the weights up after the first call: this module cannot be saved, "
+                "loaded or copied; use the original, or optimize with keep_weights=True"
+            )
 
     def freeze(self, module: nn.Module) -> None:
         """Freezes the module's tensors; the module is the one that has the hooks."""
-        packing.freeze([*module.parameters(), *module.buffers()], self.products)
+        packing.freeze([*module.parameters(), *module.buffers()], self.products, not self.keep_weights)
         if self.products == "bfloat16":
             for name in getattr(module, "careful", ()):
-                packing.freeze([*module.get_submodule(name).parameters()], "float32")
+                packing.freeze([*module.get_submodule(name).parameters()], "float32", not self.keep_weights)
         self.owner = weakref.ref(module)
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
@@ -49,6 +60,9 @@ class Door:
     def leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
         """The forward hook, called after exceptions too."""
         dtype, _given.dtypes = _given.dtypes
+        if not self.keep_weights and not self.released and result is not None:
+            packing.release(module.parameters())
+            self.released = True
         return _cast(result, dtype)
 
 
@@ -72,7 +86,7 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     return value.to(dtype) if floating and dtype is not None else value
 
 
-def optimize(model: Module, *, dtype: torch.dtype | None = None) -> Module:
+def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: bool = True) -> Module:
     """A new frozen module for inference: same class, same call, same parameter names; the argument is untouched.
 
     The result is in evaluation mode, its parameters need no gradients, and its weights are packed once, for each kind
@@ -85,8 +99,13 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None) -> Module:
     computes in float32.
 
     To change weights afterwards use `load_state_dict`; packed weights do not follow `p.data.mul_()` or a write through
-    NumPy. Changing the original's weights does not change the result's. Raises TypeError for anything but a module or a
-    floating dtype.
+    NumPy. Changing the original's weights does not change the result's.
+
+    keep_weights=False saves memory on a CPU: after the first call, weights that were packed in it are given up. Then
+    `state_dict`, `load_state_dict`, copying and pickling raise RuntimeError, and what is not computed by packed weights
+    (under `fastsr.use("eager")`, say) becomes NaN. The first call must not be made by several threads at once.
+
+    Raises TypeError for anything but a module or a floating dtype.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: expected model to be a torch.nn.Module; got {type(model).__name__}")
@@ -102,11 +121,14 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None) -> Module:
             p.data = _channels_last(p.data)
     door = _door(frozen)
     if door is None:
-        door = Door(dtype, "float32")
+        door = Door()
         frozen.register_forward_pre_hook(door.enter, with_kwargs=True)
         frozen.register_forward_hook(door.leave, with_kwargs=True, always_call=True)
+        frozen.register_state_dict_pre_hook(door.needs_weights)
+        frozen.register_load_state_dict_pre_hook(door.needs_weights)
     door.dtype = torch.float32 if mode else dtype
     door.products = "bfloat16" if mode else "float32"
+    door.keep_weights = keep_weights
     door.freeze(frozen)
     return frozen
 

@@ -15,7 +15,7 @@ Nothing is kept in attributes of modules or tensors, so copies and pickles carry
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -25,32 +25,43 @@ from fastsr import _library
 
 T = TypeVar("T")
 
-KEPT = 8  # things of one tensor: forms of its packed weights for maps of different sizes, types of products
+KEPT = 16  # things of one tensor: forms of its packed weights for maps of different sizes, types of products
 
 
 class _Entry(NamedTuple):
-    owners: tuple[weakref.ref[Tensor], ...]  # the first tensor alone, or all if they are frozen
+    tensors: tuple[weakref.ref[Tensor], ...]
     marks: list[Any]
     sums: list[int] | None  # None: all are frozen
     value: Any
 
 
+class Frozen(NamedTuple):
+    """What `optimize` wants for a tensor. products: how convolutions with it multiply, "float32" or "bfloat16".
+    any_size: what is packed has to serve images of every size, because the tensor is going to be released. released:
+    its values are gone."""
+
+    tensor: weakref.ref[Tensor]
+    products: str
+    any_size: bool
+    released: bool = False
+
+
 _entries: dict[int, dict[Hashable, _Entry]] = {}  # by the id of the first tensor
-_frozen: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+_frozen: dict[int, Frozen] = {}
 
 
-def freeze(tensors: Sequence[Tensor], products: str = "float32") -> None:
-    """Marks tensors as owned by an optimized module, and how convolutions with them are to multiply: "float32" or
-    "bfloat16". The mark ends with the tensor."""
+def freeze(tensors: Sequence[Tensor], products: str = "float32", any_size: bool = False) -> None:
+    """Marks tensors as owned by an optimized module; see `Frozen`. The mark ends with the tensor."""
     for t in tensors:
         number = id(t)
-        _frozen[number] = (weakref.ref(t, lambda _, n=number: _frozen.pop(n, None)), products)
+        ref = weakref.ref(t, lambda _, number=number, frozen=_frozen: frozen.pop(number, None))
+        _frozen[number] = Frozen(ref, products, any_size)
 
 
-def products(t: Tensor) -> str | None:
-    """How convolutions with a frozen tensor multiply; None for a tensor that is not frozen."""
+def frozen(t: Tensor) -> Frozen | None:
+    """The mark of a frozen tensor; None for another."""
     mark = _frozen.get(id(t))
-    return mark[1] if mark is not None and mark[0]() is t else None
+    return mark if mark is not None and mark.tensor() is t else None
 
 
 def kept(key: Hashable, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
@@ -58,33 +69,61 @@ def kept(key: Hashable, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
 
     It is kept as long as the first tensor lives, along with at most KEPT - 1 others. Any thread may call this; two that
     find nothing both make it. Plain tensors that are not on the CPU, or without the compiled library, keep nothing.
+    Raises RuntimeError if it has to be made of a tensor that was released.
     """
     first = tensors[0]
+    key = (key, *map(id, tensors[1:]))
     entries = _entries.get(id(first))
     entry = None if entries is None else entries.get(key)
     marks = [_mark(t) for t in tensors]
-    if entry is not None and entry.marks == marks and entry.owners[0]() is first:
-        if entry.sums is None:
-            if all(ref() is t for ref, t in zip(entry.owners, tensors, strict=True)):
-                return entry.value
-        elif entry.sums == [_sum(t) for t in tensors]:
-            return entry.value
-    frozen = all(products(t) for t in tensors)
-    if not frozen and (_library.load() is not None or any(t.device.type != "cpu" for t in tensors)):
+    if (
+        entry is not None
+        and entry.marks == marks
+        and all(ref() is t for ref, t in zip(entry.tensors, tensors, strict=True))
+        and (entry.sums is None or entry.sums == [_sum(t) for t in tensors])
+    ):
+        return entry.value
+    modes = [frozen(t) for t in tensors]
+    if any(mode is not None and mode.released for mode in modes):
+        raise RuntimeError(
+            "optimize(keep_weights=False) gave the weights up after the first call, but this call needs them, for an "
+            "image of a few pixels or another setting of a layer; optimize with keep_weights=True"
+        )
+    all_frozen = None not in modes
+    if not all_frozen and (_library.load() is not None or any(t.device.type != "cpu" for t in tensors)):
         return make()
     # Summed before it is made: what changes in between is noticed by the next call.
-    sums = None if frozen else [_sum(t) for t in tensors]
+    sums = None if all_frozen else [_sum(t) for t in tensors]
     value = make()
     number = id(first)
-    owners = [weakref.ref(first, lambda _, entries=_entries: entries.pop(number, None))]  # named: also as Python ends
-    if frozen:
-        owners += [weakref.ref(t) for t in tensors[1:]]
+    owner = weakref.ref(first, lambda _, entries=_entries: entries.pop(number, None))  # named: also as Python ends
     entries = _entries.setdefault(number, {})
-    entries.pop(key, None)
+    for k, e in list(entries.items()):
+        if k == key or any(ref() is None for ref in e.tensors):
+            entries.pop(k, None)
     while len(entries) >= KEPT:  # the oldest goes; pop's default covers another thread's pop
         entries.pop(next(iter(list(entries)), None), None)
-    entries[key] = _Entry(tuple(owners), marks, sums, value)
+    entries[key] = _Entry((owner, *map(weakref.ref, tensors[1:])), marks, sums, value)
     return value
+
+
+def release(tensors: Iterable[Tensor]) -> None:
+    """Gives up the values of those frozen weights on a CPU that something was made of, and of weights derived of them:
+    they keep shape and dtype, and are NaN from then on. What was made stays."""
+    used = {id(ref()): entry for entries in _entries.values() for entry in entries.values() for ref in entry.tensors}
+    found = [t for t in tensors if t.dim() == 4 and t.device.type == "cpu" and id(t) in used and frozen(t)]
+    ids = {id(t) for t in found}
+    of_them = [e for entries in _entries.values() for e in entries.values() if any(id(r()) in ids for r in e.tensors)]
+    for t in found:
+        _, c, _, w = t.shape
+        # The strides are those of few elements, and as channels-last as those of the weight were.
+        t.data = torch.full((c * w,), torch.nan, dtype=t.dtype).as_strided(t.shape, (0, 1, 0, c))
+        _frozen[id(t)] = _frozen[id(t)]._replace(released=True)
+    for entry in of_them:
+        entry.marks[:] = [_mark(t) for t in (ref() for ref in entry.tensors) if t is not None]
+    derived_of_them = [t for e in of_them if isinstance(e.value, (tuple, list)) for t in e.value if frozen(t)]
+    if derived_of_them:
+        release(derived_of_them)
 
 
 def derived(make: Callable[..., T], *args: Any) -> T:
@@ -100,9 +139,10 @@ def derived(make: Callable[..., T], *args: Any) -> T:
     def ordinary() -> T:
         with torch.inference_mode(False), torch.no_grad():  # a tensor of inference mode could not be used outside it
             made = make(*args)
-        modes = [products(t) for t in tensors]
+        modes = [frozen(t) for t in tensors]
         if modes[0] is not None and None not in modes:
-            freeze(made if isinstance(made, tuple) else (made,), modes[0])  # type: ignore[arg-type]
+            results = made if isinstance(made, tuple) else (made,)
+            freeze(results, modes[0].products, modes[0].any_size)  # type: ignore[arg-type]
         return made
 
     return kept((make, *(a for a in args if not isinstance(a, Tensor))), tensors, ordinary)

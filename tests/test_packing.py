@@ -181,13 +181,13 @@ def test_copies_and_pickles_carry_nothing(dtype, made):
     for other in (copy.deepcopy(m), pickle.loads(pickle.dumps(m))):
         before = len(made)
         assert torch.equal(other(X), m(X)) and len(made) == before + 1
-        assert packing.products(other.weight) == packing.products(m.weight) is not None
+        assert packing.frozen(other.weight)[1:] == packing.frozen(m.weight)[1:]
 
 
 def test_a_copied_network_is_frozen_before_its_first_call():
     low = fastsr.optimize(fastsr.create("rcan", groups=1, blocks=1, features=16), dtype=torch.bfloat16)
     for other in (copy.deepcopy(low), pickle.loads(pickle.dumps(low))):
-        assert {packing.products(p) for p in other.parameters()} == {"bfloat16"}
+        assert {packing.frozen(p).products for p in other.parameters()} == {"bfloat16"}
         assert torch.equal(other.global_part(X[:, :3]), low.global_part(X[:, :3]))
 
 
@@ -260,11 +260,54 @@ def test_what_is_derived_is_kept_and_frozen_like_its_sources():
     t = torch.ones(3)
     first = packing.derived(double, t, 2)
     assert packing.derived(double, t, 2) is first and packing.derived(double, t, 3) is not first and calls == [2, 3]
-    assert packing.products(first) is None
+    assert packing.frozen(first) is None
     t.data.add_(1)
     assert packing.derived(double, t, 2).tolist() == [4, 4, 4]
     packing.freeze([t], "bfloat16")
     t.add_(1)
-    assert packing.products(packing.derived(double, t, 2)) == "bfloat16"
+    assert packing.frozen(packing.derived(double, t, 2)).products == "bfloat16"
     p = nn.Parameter(torch.ones(3))
     assert packing.derived(double, p, 2).requires_grad
+
+
+# Given up.
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("name", ("carn", "srfeat", "rcan", "memnet_original", "idn"))
+def test_weights_can_be_given_up(name, dtype):
+    require_backend("cpu")
+    small = {
+        "carn": {"scale": 2, "features": 16},
+        "srfeat": {"features": 16, "blocks": 2},
+        "rcan": {"groups": 1, "blocks": 2, "features": 16, "scale": 2},
+        "memnet_original": {"channels": 16, "num_memblock": 2, "num_resblock": 2},
+        "idn": {"scale": 2, "blocks": 1},
+    }
+    torch.manual_seed(0)
+    model = fastsr.create(name, **small[name]).eval()
+    lean, full = fastsr.optimize(model, dtype=dtype, keep_weights=False), fastsr.optimize(model, dtype=dtype)
+    low, high = model.value_range
+    images = [torch.rand(n, 1 if model.colour == "y" else 3, h, w) * (high - low) + low
+              for n, h, w in ((1, 24, 25), (1, 24, 25), (2, 40, 9), (1, 7, 6))]  # fmt: skip
+    assert lean.state_dict().keys() == full.state_dict().keys()
+    before = sum(p.untyped_storage().nbytes() for p in lean.parameters())
+    for x in images:
+        with fastsr.use("cpu"), torch.inference_mode():
+            torch.testing.assert_close(lean(x), full(x), rtol=0.05, atol=0.05 * full(x).abs().max().item())
+    assert sum(p.untyped_storage().nbytes() for p in lean.parameters()) < 0.2 * before
+    assert [tuple(p.shape) for p in lean.parameters()] == [tuple(p.shape) for p in model.parameters()]
+    for action in (lean.state_dict, lambda: lean.load_state_dict(model.state_dict()), lambda: copy.deepcopy(lean),
+                   lambda: pickle.dumps(lean)):  # fmt: skip
+        with pytest.raises(RuntimeError, match="gave the weights up after the first call: this module cannot be saved"):
+            action()
+    with fastsr.use("eager"), torch.inference_mode():
+        assert lean(images[0]).isnan().any()
+
+
+def test_a_call_that_needs_what_was_given_up_says_so():
+    require_backend("cpu")
+    m = fastsr.optimize(layer(), keep_weights=False)
+    m(X)
+    with pytest.raises(RuntimeError, match="gave the weights up after the first call, but this call needs them"):
+        m(X, prelu=torch.ones(1))
