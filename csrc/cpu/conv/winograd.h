@@ -65,25 +65,27 @@ struct Matrices {
   std::int64_t v_position, u_position, m_position, v_pitch, m_pitch;
   bool added;
   Ahead* ahead;
-  std::int64_t lines;  // of it are fetched with every kSteps steps
+  std::int64_t lines;    // of it are fetched with every kSteps steps
+  std::int64_t u_lines;  // and so many of the next position's weights
 };
 
 constexpr int kSteps = 2;  // of a product, each over one input or a pair of bfloat16 inputs, between fetches
 
 // Rows are read before they are stored, so m may be v.
 template <int kRows, int kBlocks, typename T>
-FASTSR_NOINLINE void multiply_rows(const Matrices<T>& p, const T* v, const T* u, float* m) {
+FASTSR_NOINLINE void multiply_rows(const Matrices<T>& p, const T* v, const T* u, float* m, const char* next_u) {
   Vec acc[kRows][kBlocks];
   FASTSR_UNROLL for (int i = 0; i < kRows; ++i) {
     FASTSR_UNROLL for (int j = 0; j < kBlocks; ++j) acc[i][j] = zero();
   }
   Ahead::Cursor cursor = p.ahead->cursor;
-  const std::int64_t lines = p.lines;
+  const std::int64_t lines = p.lines, u_lines = p.u_lines;
   Rows<kRows, T> rows(v, p.v_pitch);
   int steps = sizeof(T) == 4 ? p.k : p.k / 2;
   for (; steps >= kSteps; steps -= kSteps) {
     FASTSR_UNROLL for (int i = 0; i < kSteps; ++i) add_steps<1>(rows, u, acc);
     cursor.fetch(lines);
+    for (std::int64_t i = 0; i < u_lines; ++i, next_u += Ahead::kLine) _mm_prefetch(next_u, _MM_HINT_T0);
   }
   for (; steps > 0; --steps) add_steps<1>(rows, u, acc);
   p.ahead->cursor = cursor;
@@ -104,7 +106,9 @@ FASTSR_NOINLINE void multiply_rows(const Matrices<T>& p, const T* v, const T* u,
 template <int kRows, int kBlocks, typename T>
 FASTSR_INLINE void multiply_position(const Matrices<T>& p, int row, const T* v, const T* u, float* m) {
   for (; row + kRows <= p.rows; row += kRows) {
-    multiply_rows<kRows, kBlocks>(p, v + row * p.v_pitch, u, m + row * p.m_pitch);
+    const std::int64_t fetched = row / kRows * (p.k * sizeof(T) / (4 * kSteps)) * p.u_lines;
+    const char* next_u = reinterpret_cast<const char*>(u + p.u_position) + fetched * Ahead::kLine;
+    multiply_rows<kRows, kBlocks>(p, v + row * p.v_pitch, u, m + row * p.m_pitch, next_u);
   }
   if constexpr (kRows > kGroup) {
     if (row < p.rows) multiply_position<kRows - kGroup, kBlocks>(p, row, v, u, m);
@@ -162,8 +166,9 @@ static inline Scheme make_scheme(const Shape& s, const Layer& l) {
   return scheme;
 }
 
-// Plan::own: tiles of an image; batches of an image, and tiles of the largest; tasks of an image; parts of the scratch.
-enum Own { kTilesY, kTilesX, kBatches, kTiles, kTasks, kProductsAt, kOthersAt };
+// Plan::own: tiles of an image; batches of an image, and tiles of the largest; tasks of an image; whether
+// products fetch the weights of the next; parts of the scratch.
+enum Own { kTilesY, kTilesX, kBatches, kTiles, kTasks, kFetchWeights, kProductsAt, kOthersAt };
 
 // What stands behind V and M in the scratch. Behind it are zeros, as many as the inputs of a plane.
 struct Others {
@@ -189,7 +194,9 @@ static Plan plan(const Conv& c, int threads) {
   const std::int64_t groups = ceil_div(p.own[kTilesY] * p.own[kTilesX], kGroup);
   const std::int64_t wanted = ceil_div(kTasksAThread * threads, c.n);  // tasks an image
   const std::int64_t weights = packed_bytes<Tile>(s);
-  const std::int64_t room = weights > kCacheBytes - kMostBytes / 2 ? kStreamingBytes : min_of(kCacheBytes - weights, kMostBytes);
+  const bool stays = weights < kCacheBytes - kMostBytes / 2;
+  const std::int64_t room = stays ? min_of(kCacheBytes - weights, kMostBytes) : kStreamingBytes;
+  p.own[kFetchWeights] = weights > 2 * kCacheBytes;
   const std::int64_t most = max_of(room / (kGroup * bytes), 1);
   const std::int64_t batch = max_of(min_of(most, groups / wanted), 1);  // in groups
   p.own[kBatches] = max_of(ceil_div(groups, batch), 1);
@@ -278,20 +285,28 @@ struct Task {
     p.m_pitch = scheme.m_pitch;
     p.added = chunk > 0;
     p.lines = lines;
+    const std::int64_t fetches = max_of(fetches_of(strip, p.rows), 1);
+    p.u_lines = plan.own[kFetchWeights] ? ceil_div(p.u_position * sizeof(T) / Ahead::kLine, fetches) : 0;
     p.ahead = &others.ahead;
     multiply_strip(strip.blocks, p);
   }
 
-  // Starts fetching what is listed; returns how many lines make it end with so many chunks of the panel's products.
+  // How often something is fetched during one position of a chunk.
+  static std::int64_t fetches_of(const Strip& t, std::int64_t rows) {
+    const int block_rows = t.blocks > 2 || kPanelBlocks == 1 ? kGroup : 24 / t.blocks;
+    return ceil_div(rows, block_rows) * t.chunk * sizeof(T) / (4 * kSteps);
+  }
+
+  // Starts fetching what is listed; returns how many lines make it end with the panel's products, or with so many chunks
+  // of them.
   std::int64_t begin_ahead(const Tiles& tiles, int chunks) {
-    std::int64_t steps = 0;
+    std::int64_t fetches = 0;
     for (int i = 0; i < panel.strips; ++i) {
       const Strip& t = panel.strip[i];
-      const int rows = t.blocks > 2 || kPanelBlocks == 1 ? kGroup : 24 / t.blocks;
-      steps += kPositions * ceil_div(tiles.count, rows) * (chunks > 0 ? chunks : t.chunks) * t.chunk * sizeof(T) / (4 * kSteps);
+      fetches += kPositions * (chunks > 0 ? chunks : t.chunks) * fetches_of(t, tiles.count);
     }
     others.ahead.begin();
-    return ceil_div(others.ahead.lines, steps);
+    return ceil_div(others.ahead.lines, fetches);
   }
 
   int expect_panel(const Tiles& tiles) {
