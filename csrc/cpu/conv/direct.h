@@ -24,7 +24,7 @@ namespace {
 namespace direct {
 
 constexpr std::int64_t kTileBytes = 384 << 10;  // of copied inputs; unfinished sums may take as many
-constexpr int kPiece = 1024;                    // inputs that are summed before they are added to the rest
+constexpr int kPiece = 640;                     // inputs that are summed before they are added to the rest
 constexpr int kStrip = 24;  // pixels that are finished together, a multiple of every register block's
 
 struct Geometry {
