@@ -160,6 +160,11 @@ def tuned(arch: str) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def _numbers(a: Any) -> bool:
+    """True for a list of numbers."""
+    return isinstance(a, (list, tuple)) and len(a) > 0 and all(isinstance(v, (int, float)) for v in a)
+
+
 def choice_key(op: Op, args: Sequence[Any]) -> str:
     """The name under which a measured choice is kept: operator, dtype, shapes of its weights, scalars, and whether the
     map is small (at most 2^17 pixels in all) or large."""
@@ -167,9 +172,24 @@ def choice_key(op: Op, args: Sequence[Any]) -> str:
     image = tensors[0]
     pixels = image.shape[0] * image.shape[2] * image.shape[3]
     shapes = ["x".join(map(str, t.shape)) for t in tensors if t.shape[2:] != image.shape[2:]]
-    scalars = [str(a) for a in args if isinstance(a, (bool, int, float, str))]
+    scalars = [str(a) for a in args if isinstance(a, (bool, int, float, str)) or _numbers(a)]
     dtype = str(image.dtype).removeprefix("torch.")
     return " ".join([op.name, dtype, "small" if pixels <= 2**17 else "large", *shapes, *scalars])
+
+
+def summary() -> str:
+    """One line for people: whether Triton's kernels run here, and what decides between them and the library's."""
+    why = missing()
+    if why is not None:
+        return why
+    if interpreted():
+        return f"interpreted on the CPU ({INTERPRETED}=1), for tests"
+    table = tuned(architecture(torch.device("cuda")))
+    if not table.get("choices"):
+        return "compiles at first use; nothing is measured for this device, so a rule chooses (fastsr._triton.advice)"
+    return (
+        f"compiles at first use; chosen by {len(table['choices'])} measurements, else by rule (fastsr._triton.advice)"
+    )
 
 
 # Running.
