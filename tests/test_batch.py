@@ -174,7 +174,7 @@ def test_a_terminal_gets_words_and_a_bar(tmp_path, weights, monkeypatch, capsys)
     command = ["upscale", str(tmp_path), "-o", str(tmp_path / "out"), "--model", weights, "--ext", "bmp", "-s", "3"]
     assert cli.main(command) == 1
     out, err = capsys.readouterr()
-    assert f"{tmp_path}/a.png (8x6) -> {tmp_path}/out/a.bmp (24x18): CARN x3 on cpu, backend eager, " in out
+    assert f"{tmp_path}/a.png (8x6) -> {tmp_path}/out/a.bmp (24x18): CARN x3 on cpu, backend " in out
     assert "  note: the colour profile of the image does not fit this format" in out
     assert f"[{'#' * 15}{'.' * 15}] 1 of 2 a.png" in err
     assert "1 of 2 not done:\n" in err and "bad.png: cannot be read" in err
