@@ -75,7 +75,8 @@ def test_every_width_of_wgmma(height):
     assert height in heights, "no number of multiprocessors makes such tiles"
     made, other = (emulated.run(conv_act, args, Emulated((9, 0), heights[h])) for h in (height, next(iter(heights))))
     assert torch.equal(made, other)
-    assert relative_error(made, emulated.run(conv_act, args, Emulated((8, 0)))) < FLOOR[made.dtype]
+    # The other main loop adds in another order, and a large value may then round to the neighbouring bfloat16.
+    assert relative_error(made, emulated.run(conv_act, args, Emulated((8, 0)))) < 4 * FLOOR[made.dtype]
 
 
 def tile(program: torch.Tensor, multiprocessors: int) -> list[int]:
