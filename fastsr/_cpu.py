@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_float, c_int32, c_int64
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsr import _cpu_tail, _library, packing, recipes
-from fastsr.op import Op, _replace, _tensors, describe
+from fastsr.op import Op, _is_list, _replace, _tensors, describe
 from fastsr.ops.linear_tail import linear_tail
 from fastsr.ops.resize_bicubic import centred_taps, tf1_taps
 from fastsr.recipes import Recipe, View
@@ -167,10 +167,33 @@ def reason(op: Op[..., Any], *args: Any) -> str | None:
     if any(t.numel() == 0 for t in tensors):
         return f"a tensor is empty: {describe(tensors)}"
     try:
-        Builder(op, args, "float32")
+        Builder(op, args, PLAIN)
     except Unsuitable as error:
         return str(error)
     return None
+
+
+class Mode(NamedTuple):
+    """What frozen weights ask for. exact: the places, among an operator's parameters, of those that multiply in float32
+    where the others do not. any_size: no form may be chosen by the size of the map."""
+
+    products: str
+    any_size: bool
+    exact: tuple[int, ...] = ()
+
+
+PLAIN = Mode("float32", any_size=False)
+
+
+def _mode(parameters: Sequence[Tensor]) -> Mode:
+    first = packing.frozen(parameters[0])
+    if first is None:
+        return PLAIN
+    if first.products == "float32":
+        return Mode("float32", first.any_size)
+    marks = [packing.frozen(t) for t in parameters]
+    exact = tuple(i for i, mark in enumerate(marks) if mark is not None and mark.products == "float32")
+    return Mode(first.products, first.any_size, exact)
 
 
 class Runner:
@@ -179,19 +202,16 @@ class Runner:
     def __init__(self, op: Op[..., Any], *args: Any) -> None:
         self.op = op
         self.args = _replace(args, [_shadow(t) for t in _tensors(args)])
-        self.places = [
-            (i, not isinstance(a, Tensor)) for i, a in enumerate(args) if isinstance(a, (Tensor, list, tuple))
-        ]
-        self.programs: dict[tuple[str, bool], Program] = {}
-        program = self._program("float32", False)
+        self.places = [(i, _is_list(a)) for i, a in enumerate(args) if isinstance(a, Tensor) or _is_list(a)]
+        self.programs: dict[Mode, Program] = {}
+        program = self._program(PLAIN)
         self.images, self.parameters = program.images, program.parameters
         self.run = torch.ops.fastsr_cpu.run.default
 
-    def _program(self, products: str, any_size: bool) -> Program:
-        program = self.programs.get((products, any_size))
+    def _program(self, mode: Mode) -> Program:
+        program = self.programs.get(mode)
         if program is None:
-            program = Builder(self.op, self.args, products, any_size).program()
-            self.programs[products, any_size] = program
+            program = self.programs[mode] = Builder(self.op, self.args, mode).program()
         return program
 
     def tensors(self, out: Tensor, *args: Any) -> tuple[list[Tensor], Program]:
@@ -200,8 +220,7 @@ class Runner:
         for place, several in self.places:
             given.extend(args[place]) if several else given.append(args[place])
         parameters = [given[i] for i in self.parameters]
-        mode = packing.frozen(parameters[0])
-        program = self._program(mode.products, mode.any_size) if mode is not None else self._program("float32", False)
+        program = self._program(_mode(parameters))
         packed = packing.kept(program.key, parameters, lambda: self._pack(program, args))
         return [out, *[given[i] for i in self.images], *packed], program
 
@@ -394,23 +413,21 @@ def _skips(step: recipes.Conv) -> tuple[View, ...]:
 class Builder:
     """Turns the recipe of an operator for arguments like these into a program. Raises Unsuitable at once."""
 
-    def __init__(self, op: Op[..., Any], args: Sequence[Any], products: str, any_size: bool = False) -> None:
-        self.any_size = any_size  # no form may be chosen by the size of the map
+    def __init__(self, op: Op[..., Any], args: Sequence[Any], mode: Mode) -> None:
+        self.any_size = mode.any_size
         tensors = [_shadow(t) for t in _tensors(args)]  # no two the same, whatever was given
         shadows = _replace(args, tensors)
-        self.recipe = recipe = _recipe(op, shadows, any_size)
+        self.recipe = recipe = _recipe(op, shadows, mode.any_size)
         self.type = TYPES[tensors[0].dtype]
-        if self.type == BF16 and products == "float32":
-            products = "bfloat16"
-        elif self.type == FLOAT and _library.isa() != "avx512_bf16":
-            products = "float32"
-        self.products = products
+        self.able = _library.isa() == "avx512_bf16"
+        self.bf16 = self.type == BF16 or (mode.products == "bfloat16" and self.able)  # maps within the operator
         places = {id(t): i for i, t in enumerate(tensors)}
         self.images = tuple(places[id(t)] for t in recipe.inputs.values())
         self.parameters = tuple(i for i in range(len(tensors)) if i not in self.images)
+        self.exact = {id(tensors[self.parameters[i]]) for i in mode.exact}
         self.outside = {**recipe.inputs, recipe.output: op._allocate(shadows)}
         self.convolutions = {i: self._shape(s) for i, s in enumerate(recipe.steps) if isinstance(s, recipes.Conv)}
-        scalars = [a for a in args if not isinstance(a, (Tensor, list, tuple))]
+        scalars = [a for a in args if not isinstance(a, Tensor) and not _is_list(a)]
         self.key = repr((op.name, scalars, [bytes(s) for s in self.convolutions.values()])).encode()
 
     def _whole(self, name: str) -> tuple[int, ...]:
@@ -433,7 +450,7 @@ class Builder:
             raise Unsuitable(f"a skip of {len(_skips(step))} maps (at most 2)")
         _, height, width = (0, 1 << 16, 1 << 16) if self.any_size else self._size(step.sources[0])
         ends = min(inputs, outputs // step.shuffle**2) <= 4
-        bf16 = self.products != "float32" and not ends and _library.isa() == "avx512_bf16"
+        bf16 = self.bf16 and self.able and not ends and id(step.weight) not in self.exact
         why = ""
         for form, product in forms(step, inputs, height, width, bf16):
             shape = Shape(
@@ -453,7 +470,7 @@ class Builder:
         convolutions = [step for step in self.recipe.steps if isinstance(step, recipes.Conv)]
         added = {v.buffer for s in convolutions for v in (*_skips(s), *([s.outer] if s.outer is not None else []))}
         added |= {step.source.buffer for step in self.recipe.steps if isinstance(step, recipes.Copy)}  # are results
-        inner = BF16 if self.products == "bfloat16" else FLOAT
+        inner = BF16 if self.bf16 else FLOAT
         tables = self._tables()
         slots = {self.recipe.output: 0} | {name: 1 + i for i, name in enumerate(self.recipe.inputs)}
         buffers = {}

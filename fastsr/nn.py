@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsr.ops import conv_act, linear_tail
+from fastsr.ops import conv_act, conv_chain, linear_tail
 
 
 class ConvAct(nn.Conv2d):
@@ -97,6 +97,21 @@ def chain(layers: nn.ModuleDict, x: Tensor) -> Tensor:
     for layer in layers.values():
         x = layer(x)
     return x
+
+
+def fused(layers: Iterable[nn.Module], x: Tensor, skip: Tensor | None = None) -> Tensor:
+    """What `chain` makes of these `ConvAct`s, plus skip, in one operator. All have the activation of the first, but the
+    last has none, and enlarge, if at all, in one way."""
+    convolutions: list[ConvAct] = list(layers)  # type: ignore[arg-type]
+    first = convolutions[0]
+    if len(convolutions) == 1:
+        return first(x, skip=skip)
+    nearest = any(layer.upsample > 1 for layer in convolutions)
+    return conv_chain(
+        x, [layer.weight for layer in convolutions], [layer.bias for layer in convolutions if layer.bias is not None],
+        [layer.upsample * layer.shuffle for layer in convolutions], "nearest" if nearest else first.shuffle_order,
+        first.act, first.slope, skip,
+    )  # fmt: skip
 
 
 def tail(layers: Iterable[nn.Module], x: Tensor, gain: float = 1.0) -> Tensor:

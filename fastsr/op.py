@@ -5,7 +5,8 @@ An operator is its eager definition, decorated. `@op` reads the schema from the 
 *plan* picks the first backend that gives no reason against itself, so `torch.compile` sees one opaque operator
 whichever kernel runs. The rules that hold for every operator:
 
-* Arguments are `Tensor`, `Tensor | None`, `list[Tensor]` and scalars; results are `Tensor` or a tuple of them.
+* Arguments are `Tensor`, `Tensor | None`, `list[Tensor]`, `list[int]` and scalars; results are `Tensor` or a tuple of
+  them.
 * Results have the shape, dtype and strides of `alloc`, on every backend, eager included.
 * Gradients are made for the inputs that need them and only for those. They are the vector-Jacobian product of the
   eager definition, recomputed in the backward pass; second derivatives work in eager mode.
@@ -232,11 +233,11 @@ def _key(value: Any) -> Any:
     return value
 
 
-def _shapes(args: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple(
-        tuple(a.shape) if isinstance(a, Tensor) else [tuple(t.shape) for t in a] if isinstance(a, (list, tuple)) else a
-        for a in args
-    )
+def _shapes(value: Any) -> Any:
+    """The arguments with tensors replaced by their shapes."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape)
+    return type(value)(_shapes(v) for v in value) if isinstance(value, (list, tuple)) else value
 
 
 def _conform(result: Tensor, spec: _Spec) -> Tensor:

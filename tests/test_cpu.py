@@ -74,7 +74,7 @@ def test_programs_depend_on_no_values_and_no_identities(name, i):
     sample = samples(name, dtype=torch.float32)[i]
     first: dict[tuple[int, ...], Tensor] = {}
     merged = _replace(sample, [first.setdefault(tuple(t.shape), t) for t in _tensors(sample)])
-    assert torch.equal(*(runner(name, s)._program("float32", False).code for s in (sample, merged)))
+    assert torch.equal(*(runner(name, s)._program(_cpu.PLAIN).code for s in (sample, merged)))
 
 
 @pytest.mark.parametrize(("name", "i"), PROGRAMS)

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastsr.models.network import RGB_MEAN, Network, State
-from fastsr.nn import ConvAct, MeanShift, numbered
+from fastsr.nn import ConvAct, MeanShift, fused, numbered
 from fastsr.ops import res_block, residual_e
 
 
@@ -112,11 +112,6 @@ class Upsampler(nn.Module):
         steps = [3 * i for i in range(2 if scale == 4 else 1)]
         self.body = numbered({i: ConvAct(f, f * r * r, groups=config.group, act="relu", shuffle=r) for i in steps})
 
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.body.values():
-            x = layer(x)
-        return x
-
 
 class Upsamplers(nn.Module):
     """The heads: `up` of a single-scale network; `up2`, `up3`, `up4` of a multi-scale one."""
@@ -129,8 +124,9 @@ class Upsamplers(nn.Module):
         for scale in config.scales:
             setattr(self, f"up{scale}", Upsampler(config, scale))
 
-    def forward(self, x: Tensor, scale: int) -> Tensor:
-        return (self.up if hasattr(self, "up") else getattr(self, f"up{scale}"))(x)
+    def layers(self, scale: int) -> list[nn.Module]:
+        """The convolutions of one head."""
+        return list((self.up if hasattr(self, "up") else getattr(self, f"up{scale}")).body.values())
 
 
 class Shift(nn.Module):
@@ -195,7 +191,7 @@ class CARN(Network, Cascade):
             raise ValueError(f"carn: expected scale to be one of {self.config.scales}, as in {example}; got {scale}")
         x = self.entry(self.sub_mean(x))
         x = self.cascade(x, (self.b1, self.b2, self.b3))
-        return self.add_mean(self.exit(self.upsample(x, scale)))
+        return self.add_mean(fused([*self.upsample.layers(scale), self.exit], x))
 
     def super_resolve(self, x: Tensor, scale: int) -> Tensor:
         return self(x, scale)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastsr import packing
 from fastsr.models.network import Network, State
-from fastsr.nn import ConvAct
+from fastsr.nn import ConvAct, fused
 from fastsr.ops import res_block, resize_bicubic
 
 TRAINING_MEAN = (0.47614917, 0.45001204, 0.40904046)  # of the authors' training images, RGB
@@ -102,11 +102,11 @@ class EnhanceNet(Network):
         # the mean is subtracted on load, so that the zero padding stays zero
         y = self.Conv(x, pre_shift=packing.derived(_minus, self.Conv.weight, self.config.rgb_mean))
         layers = [getattr(self, f"Conv_{n}") for n in range(1, 2 * self.config.blocks + 5)]
-        *blocks, up1, up2, before, last = layers
+        blocks, end = layers[:-4], layers[-4:]
         for a, b in zip(blocks[::2], blocks[1::2], strict=True):
             y = res_block(y, a.weight, a.bias, b.weight, b.bias, act="relu")
         mean = mean[:, None, None]
-        return last(before(up2(up1(y))), skip=self.interpolate(x - mean)) + mean
+        return fused(end, y, skip=self.interpolate(x - mean)) + mean
 
     def interpolate(self, x: Tensor) -> Tensor:
         """The image that the last layer's residual is added to: TensorFlow 1's bicubic, not a centred one."""

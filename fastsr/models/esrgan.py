@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastsr.models.network import Network, State, indices, pad_to_multiple
-from fastsr.nn import ConvAct
+from fastsr.nn import ConvAct, fused
 from fastsr.ops import dense_block
 
 SLOPE = 0.2  # of every leaky ReLU
@@ -144,9 +144,8 @@ class ESRGAN(Network):
             x = F.pixel_unshuffle(pad_to_multiple(x, r), r)
         shallow = self.conv_first(x)
         x = self.trunk_conv(self.RRDB_trunk(shallow), skip=shallow)
-        for n in range(1, self.config.steps + 1):
-            x = getattr(self, f"upconv{n}")(x)
-        return self.conv_last(self.HRconv(x))[..., : h * scale, : w * scale]
+        upsamplers = [getattr(self, f"upconv{n}") for n in range(1, self.config.steps + 1)]
+        return fused([*upsamplers, self.HRconv, self.conv_last], x)[..., : h * scale, : w * scale]
 
     @property
     def multiple(self) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastsr.image.resize import imresize
 from fastsr.models.network import Network, State, indices
-from fastsr.nn import ConvAct, chain, numbered
+from fastsr.nn import ConvAct, chain, fused, numbered
 from fastsr.ops import sft_block, sft_layer
 
 CLASSES = ("background", "sky", "water", "grass", "mountain", "building", "plant", "animal")
@@ -148,7 +148,7 @@ class SFTNet(Network):
         *transforms, conv = self.sft_branch.values()
         for transform in transforms:
             x = transform(x, condition)
-        return chain(self.HR_branch, conv(x, skip=head))
+        return fused(self.HR_branch.values(), conv(x, skip=head))
 
     def _check(self, image: Tensor, condition: Tensor | None) -> None:
         n, _, h, w = image.shape

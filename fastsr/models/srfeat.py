@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastsr import packing
 from fastsr.models.network import Network, State, indices
-from fastsr.nn import ConvAct
+from fastsr.nn import ConvAct, fused
 from fastsr.ops import res_block
 
 SLOPE = 0.2
@@ -191,9 +191,8 @@ class SRFeat(Network):
             x = block(x)
             branches = skip(x, skip=branches)
         x = last(x) if branches is None else last(x) + branches
-        for i in range(self.config.scale.bit_length() - 1):
-            x = getattr(self, f"up{i + 1}")(x)
-        return self.conv_out(x)
+        upsamplers = [getattr(self, f"up{i + 1}") for i in range(self.config.scale.bit_length() - 1)]
+        return fused([*upsamplers, self.conv_out], x)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastsr.image.resize import imresize
 from fastsr.models.network import Network, State
-from fastsr.nn import ConvAct
+from fastsr.nn import ConvAct, fused
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,8 @@ class ZSSR(Network):
         """x: (N, C, H, W) in 0..1, interpolated to the wanted size -> the same shape, not clipped."""
         if self.config.relu_input:
             x = F.relu(x)
-        y = self.input(x)
-        for n in range(1, self.config.depth - 1):
-            y = getattr(self, f"conv{n}")(y)
-        return self.output(y, skip=x if self.config.residual else None)
+        middle = [getattr(self, f"conv{n}") for n in range(1, self.config.depth - 1)]
+        return fused([self.input, *middle, self.output], x, skip=x if self.config.residual else None)
 
     def super_resolve(self, x: Tensor, scale: int) -> Tensor:
         return self(imresize(x, scale))

@@ -6,6 +6,7 @@ upsampler a convolution with `upsample` in front or `shuffle` behind.
 
 from fastsr.ops.channel_attention import channel_attention
 from fastsr.ops.conv_act import conv_act
+from fastsr.ops.conv_chain import conv_chain
 from fastsr.ops.dense_block import dense_block
 from fastsr.ops.distillation_block import distillation_block
 from fastsr.ops.down_projection import down_projection
@@ -23,6 +24,7 @@ from fastsr.ops.up_projection import up_projection
 __all__ = [
     "channel_attention",
     "conv_act",
+    "conv_chain",
     "dense_block",
     "distillation_block",
     "down_projection",
