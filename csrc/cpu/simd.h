@@ -48,6 +48,11 @@ FASTSR_INLINE Vec at_least(Vec v, Vec floor) { return _mm512_max_ps(floor, v); }
 FASTSR_INLINE Vec positive(Vec v) { return _mm512_max_ps(_mm512_setzero_ps(), v); }
 FASTSR_INLINE Vec negative(Vec v) { return _mm512_min_ps(_mm512_setzero_ps(), v); }
 FASTSR_INLINE float sum(Vec v) { return _mm512_reduce_add_ps(v); }
+// Lanes n, n + 1, ... of v at the front; what follows is undefined.
+FASTSR_INLINE Vec from_lane(Vec v, int n) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  return _mm512_permutexvar_ps(_mm512_add_epi32(lanes, _mm512_set1_epi32(n)), v);
+}
 
 FASTSR_INLINE Vec widen(__m256i half) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)); }
 FASTSR_INLINE Vec load(const bf16* p) { return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -116,6 +121,12 @@ FASTSR_INLINE Vec positive(Vec v) {
 }
 FASTSR_INLINE Vec negative(Vec v) {
   return {_mm256_min_ps(_mm256_setzero_ps(), v.low), _mm256_min_ps(_mm256_setzero_ps(), v.high)};
+}
+FASTSR_INLINE Vec from_lane(Vec v, int n) {  // lanes n, n + 1, ... of v at the front; what follows is undefined
+  alignas(32) float lanes[2 * kLanes];
+  store(lanes, v);
+  store(lanes + kLanes, v);
+  return load(lanes + n);
 }
 FASTSR_INLINE float sum(Vec v) {
   const __m256 eight = _mm256_add_ps(v.low, v.high);

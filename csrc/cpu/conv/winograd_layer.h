@@ -135,7 +135,8 @@ struct Panel {
 };
 
 static inline Range inputs_of(const Shape& s, const Layer& l, int block) {
-  if (s.groups == 1) return {0, s.sources == 1 && l.planes == 1 ? (s.cin + 1) / 2 * 2 : l.inputs};
+  if (l.planes > 1) return {0, l.inputs};  // with groups, from the first plane's first to the last plane's last
+  if (s.groups == 1) return {0, s.sources == 1 ? (s.cin + 1) / 2 * 2 : l.inputs};
   const int group_in = s.cin / s.groups, group_out = s.cout / s.groups;
   int low = s.groups, high = -1;
   for (int at = block * kBlock; at < (block + 1) * kBlock;) {  // a plane's channels ascend, and so do their groups

@@ -87,12 +87,9 @@ FASTSR_NOINLINE void store_tile(Part& part, const Vec (&v)[Tile::kOutputs][Tile:
   if (part.lane == 0 && left == 0 && right == kOutputs) {
     emit_rows<kOutputs, kSums>(part.emit, y + top, x, bottom - top, v[top], sums);
   } else {
-    alignas(64) float moved[2 * kLanes];
-    store(moved + kLanes, zero());
     for (int i = top; i < bottom; ++i) {
       for (int j = left; j < right; ++j) {
-        store(moved, v[i][j]);
-        const Vec lanes[1] = {load(moved + part.lane)};
+        const Vec lanes[1] = {part.lane == 0 ? v[i][j] : from_lane(v[i][j], part.lane)};
         emit<1, kSums>(part.emit, y + i, x + j, 1, lanes, sums);
       }
     }
@@ -133,33 +130,45 @@ static void store_tiles(const Conv& c, std::int64_t n, const Tiles& tiles, const
   }
 }
 
-// Lists what store_tiles will touch beside M.
+// Lists what store_tiles will touch of a map beside M: `bytes` of every pixel that the part has in these tiles.
+template <class Tile>
+static void expect_pixels(const Tiles& tiles, const Part& part, const Emit::Place& place, std::int64_t bytes,
+                          Ahead& ahead) {
+  const std::int64_t element = width_of(place.type), end = tiles.first + tiles.count;
+  for (std::int64_t at = tiles.first; at < end;) {  // a row of tiles
+    const std::int64_t tile_y = at / tiles.across, tile_x = at % tiles.across;
+    const std::int64_t length = min_of(tiles.across - tile_x, end - at);
+    const std::int64_t y = tile_y * Tile::kOutputs - part.shift_y, x = tile_x * Tile::kOutputs - part.shift_x;
+    const std::int64_t bottom = min_of(y + Tile::kOutputs, part.rows);
+    const std::int64_t left = max_of(x, 0), right = min_of(x + length * Tile::kOutputs, part.columns);
+    for (std::int64_t row = max_of(y, 0); row < bottom; ++row) {
+      ahead.add(reinterpret_cast<const char*>(place.data) + (row * place.row + left * place.pixel) * element, bytes,
+                right - left, place.pixel * element);
+    }
+    at += length;
+  }
+}
+
 template <class Tile>
 static void expect_outputs(const Tiles& tiles, const Part* parts, int count, Ahead& ahead) {
+  constexpr std::int64_t kLine = Ahead::kLine;
+  const Part* listed = nullptr;  // the last one; what lies between its pixels is fetched with them
   for (int i = 0; i < count;) {
     const Part& part = parts[i];
+    const Emit& e = part.emit;
     int lanes = part.lanes;  // neighbouring parts of one plane are neighbours in memory
-    while (++i < count && parts[i].channel == part.channel + lanes && parts[i].emit.out.data > part.emit.out.data) {
+    while (++i < count && parts[i].channel == part.channel + lanes && parts[i].emit.out.data > e.out.data) {
       lanes += parts[i].lanes;
     }
-    const Emit& e = part.emit;
+    const std::int64_t out_stride = e.out.pixel * width_of(e.out.type), out_bytes = lanes * width_of(e.out.type);
+    if (out_bytes < kLine && listed != nullptr && e.out.data - listed->emit.out.data < out_stride) continue;
+    listed = &part;
     const Emit::Place none = {0, 0, 0, kFloat};
     const Emit::Place places[] = {e.streamed ? none : e.out, e.skip[0], e.skip[1], e.factor, e.term, e.outer};
     for (const Emit::Place& place : places) {
       if (place.data == 0) continue;
-      const std::int64_t element = width_of(place.type);
-      for (std::int64_t at = tiles.first; at < tiles.first + tiles.count;) {  // a row of tiles
-        const std::int64_t tile_y = at / tiles.across, tile_x = at % tiles.across;
-        const std::int64_t length = min_of(tiles.across - tile_x, tiles.first + tiles.count - at);
-        const std::int64_t y = tile_y * Tile::kOutputs - part.shift_y, x = tile_x * Tile::kOutputs - part.shift_x;
-        const std::int64_t bottom = min_of(y + Tile::kOutputs, part.rows);
-        const std::int64_t left = max_of(x, 0), right = min_of(x + length * Tile::kOutputs, part.columns);
-        for (std::int64_t row = max_of(y, 0); row < bottom; ++row) {
-          ahead.add(reinterpret_cast<const char*>(place.data) + (row * place.row + left * place.pixel) * element,
-                    lanes * element, right - left, place.pixel * element);
-        }
-        at += length;
-      }
+      const std::int64_t bytes = lanes * width_of(place.type), stride = place.pixel * width_of(place.type);
+      expect_pixels<Tile>(tiles, part, place, bytes < kLine && stride <= 4 * kLine ? stride : bytes, ahead);
     }
   }
 }
