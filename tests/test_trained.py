@@ -1,10 +1,11 @@
-"""The small trained networks kept for the tests are what their README says."""
+"""The small trained networks kept for the tests are what their README says, and lose nothing in the fast forms."""
 
 from __future__ import annotations
 
 from functools import cache
 
 import pytest
+import torch
 from torch import nn
 
 import fastsr
@@ -13,6 +14,8 @@ from fastsr.evaluate import evaluate
 
 WEIGHTS = ROOT / "tests" / "weights"
 SET5 = {"rcan_small_x2": 35.97, "rdn_small_x2": 36.48, "esrgan_small_x2": 35.78}  # dB, luma, of tests/weights/README.md
+RELEASED = {"carn_m.pth": 4, "IDN_x4.caffemodel": 4, "enhancenet_pat_x4.ckpt": 4}  # of the data folder, at these scales
+LOST = {torch.float32: 0.001, torch.bfloat16: 0.02}  # dB that `optimize` may change
 
 
 @cache
@@ -28,3 +31,18 @@ def test_together_they_are_small():
 def test_set5_as_stated(name, shared):
     mean = evaluate(network(name), shared / "images" / "Set5", scale=2)["mean"]
     assert mean["psnr_y"] == pytest.approx(SET5[name], abs=0.01)
+
+
+@pytest.mark.parametrize("name", [*SET5, *RELEASED])
+def test_set5_is_kept_by_optimize(name, shared):
+    """Against the operators' definitions in float32."""
+    model = network(name) if name in SET5 else fastsr.load(shared / "weights" / name)
+
+    def psnr(module: nn.Module) -> float:
+        return evaluate(module, shared / "images" / "Set5", scale=RELEASED.get(name, 2))["mean"]["psnr_y"]
+
+    with fastsr.use("eager"):
+        expected = psnr(model)
+    found = {dtype: psnr(fastsr.optimize(model, dtype=dtype)) - expected for dtype in LOST}
+    print(f"{name} on Set5: {expected:.4f} dB,", ", ".join(f"{d} {found[d]:+.5f}" for d in LOST))
+    assert all(abs(change) <= LOST[dtype] for dtype, change in found.items()), found
