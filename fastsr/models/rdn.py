@@ -164,7 +164,9 @@ def dense_features(
         x = block(x)
         results.append(x)
     fuse, smooth = fusion
-    return smooth(fuse(*results), skip=first)
+    x = fuse(*results)
+    results.clear()  # all that memory is free from here on
+    return smooth(x, skip=first)
 
 
 def upsampler(scale: int, in_channels: int, width: int, kernel: int) -> dict[int, nn.Module]:
