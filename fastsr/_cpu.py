@@ -214,15 +214,24 @@ class Runner:
             program = self.programs[mode] = Builder(self.op, self.args, mode).program()
         return program
 
-    def tensors(self, out: Tensor, *args: Any) -> tuple[list[Tensor], Program]:
-        """What a program reads and writes, by slot, and the program."""
+    def _chosen(self, args: Sequence[Any]) -> tuple[list[Tensor], list[Tensor], Program]:
+        """The images, the parameters, and the program for them."""
         given: list[Tensor] = []
         for place, several in self.places:
             given.extend(args[place]) if several else given.append(args[place])
         parameters = [given[i] for i in self.parameters]
-        program = self._program(_mode(parameters))
+        return [given[i] for i in self.images], parameters, self._program(_mode(parameters))
+
+    def tensors(self, out: Tensor, *args: Any) -> tuple[list[Tensor], Program]:
+        """What a program reads and writes, by slot, and the program."""
+        images, parameters, program = self._chosen(args)
         packed = packing.kept(program.key, parameters, lambda: self._pack(program, args))
-        return [out, *[given[i] for i in self.images], *packed], program
+        return [out, *images, *packed], program
+
+    def workspace(self, *args: Any) -> int:
+        """Bytes that a call takes beside its result and packed weights."""
+        code = self._chosen(args)[2].code
+        return Header.from_buffer_copy(code.numpy().tobytes()).workspace_bytes
 
     def __call__(self, out: Tensor, *args: Any) -> None:
         tensors, program = self.tensors(out, *args)

@@ -58,7 +58,8 @@ class Backend:
     run: takes the output made by `alloc`, then the operator's arguments, and fills the output.
     missing: returns why the backend cannot be used on this machine at all (not built, no device), or None.
     prepare: takes the operator's arguments when a plan is made for them, and returns the `run` of that plan; for
-        backends with work to do once a shape. Like `reason`, it may read metadata only.
+        backends with work to do once a shape. Like `reason`, it may read metadata only. What it returns may have a
+        method `workspace`, which takes the arguments too: see `Op.workspace`.
     advice: takes the operator's arguments; returns None, or a sentence saying why the backends after this one are
         expected to be faster for them. It is heeded unless this backend is forced.
     """
@@ -331,6 +332,13 @@ class Op(Generic[P, R]):
         self._checked(bound)
         return self._reasons(bound)
 
+    def workspace(self, *args: P.args, **kwargs: P.kwargs) -> int | None:
+        """Bytes that the kernel which runs for these arguments takes beside its result; None where nobody knows, as of
+        the eager definition. Raises ValueError on bad arguments."""
+        bound = self._bind(args, kwargs)
+        count = getattr(self._planned(bound).run, "workspace", None)
+        return None if count is None else count(*bound)
+
     # Dispatch.
 
     def _bind(self, args: Sequence[Any], kwargs: dict[str, Any] | None = None) -> tuple[Any, ...]:
@@ -387,8 +395,7 @@ class Op(Generic[P, R]):
             raise RuntimeError(f"fastsr::{self.name}: the operator has no alloc; add one with @{self.name}.alloc")
         return self._alloc(*args)
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
-        bound = self._bind(args, kwargs)
+    def _planned(self, bound: tuple[Any, ...]) -> _Plan:
         forced = _forced()
         key = (forced, _switches(), tuple(_key(a) for a in bound))
         plan = self._plans.get(key)
@@ -397,6 +404,11 @@ class Op(Generic[P, R]):
             while len(self._plans) >= PLAN_LIMIT:  # the oldest goes; pop's default covers another thread's pop
                 self._plans.pop(next(iter(list(self._plans))), None)
             self._plans[key] = plan
+        return plan
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        bound = self._bind(args, kwargs)
+        plan = self._planned(bound)
         calls = _calls.get()
         if calls is not None:
             calls.append(Call(self.name, plan.name, plan.refused, _shapes(bound)))

@@ -41,6 +41,12 @@ def setuptools():
     return pytest.importorskip("setuptools", minversion="77")
 
 
+def test_an_isolated_build_fetches_no_torch_and_no_flag_depends_on_the_machine():
+    requires = re.search(r"^requires = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert requires is not None and "torch" not in requires[1]
+    assert "-march=native" not in (ROOT / "setup.py").read_text()
+
+
 @pytest.mark.parametrize(
     ("environment", "reason"),
     [

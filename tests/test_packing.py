@@ -121,6 +121,17 @@ def test_a_plain_module_follows_every_change(change, made):
     assert agrees(m)
 
 
+@pytest.mark.parametrize("copied", (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))), ids=("deepcopy", "pickle"))
+def test_a_copied_plain_module_follows_its_own_changes(copied, made):
+    m = layer()
+    assert agrees(m)
+    other = copied(m)
+    m.weight.data.mul_(2)
+    assert agrees(other) and agrees(m)
+    other.weight.data.neg_()
+    assert agrees(other) and agrees(m)
+
+
 SEEN = ("in place", "data exchanged", "load_state_dict", "parameter exchanged", "there and back", "training")
 
 

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import fastsr
-from conftest import ROOT
+from conftest import ROOT, require_backend
 from fastsr.image import io, tiles
 from fastsr.image.passes import Pass
 from fastsr.image.receptive import Source, reach
@@ -468,7 +468,7 @@ def test_the_tile_is_chosen_by_what_fits(monkeypatch):
 def test_peak_memory_is_counted(dtype):
     x, weight = torch.zeros(1, 4, 10, 10, dtype=dtype), torch.zeros(8, 4, 3, 3, dtype=dtype)
     size = dtype.itemsize
-    with torch.inference_mode(), tiles.Peak() as peak:
+    with torch.inference_mode(), fastsr.use("eager"), tiles.Peak() as peak:
         y = fastsr.ops.conv_act([x, x[:, :0]], weight, None, padding=1)
         z = torch.relu(y)
         assert peak.alive == 2 * y.nbytes
@@ -480,6 +480,30 @@ def test_peak_memory_is_counted(dtype):
     with torch.inference_mode(), tiles.Peak() as peak:
         torch.nn.functional.conv_transpose2d(x, weight.transpose(0, 1).contiguous(), stride=2)
     assert peak.peak >= 8 * 21 * 21 * size + 8 * 9 * 100 * size
+
+
+def test_peak_memory_of_kernels_is_what_they_take():
+    require_backend("cpu")
+    x, weight = torch.zeros(1, 16, 10, 10), torch.zeros(16, 16, 3, 3)
+    with torch.inference_mode(), tiles.Peak() as peak:
+        y = fastsr.ops.conv_act([x], weight, None, padding=1)
+        z = torch.relu(y)
+    copies = x.nbytes + y.nbytes  # in another layout, in a workspace that stays
+    assert peak.peak == y.nbytes + z.nbytes + copies
+    x = x.to(memory_format=torch.channels_last)
+    with torch.inference_mode(), tiles.Peak() as peak:
+        y = fastsr.ops.conv_act([x], weight, None, padding=1)
+    assert peak.peak == y.nbytes
+
+
+def test_tiles_are_as_large_as_the_kernels_allow():
+    require_backend("cpu")
+    steps = Pass(fastsr.optimize(fastsr.create("carn", scale=2, features=32)), 2)
+    with torch.inference_mode():
+        image = tiles.Image(steps.begin(noise(64, 64, dtype=torch.float32)), steps.ratios, 1)
+        found = tiles.bytes_per_pixel(steps.finish, image)
+        with fastsr.use("eager"):
+            assert found < 0.8 * tiles.bytes_per_pixel(steps.finish, image)
 
 
 def test_free_memory_is_the_least_of_what_is_said(tmp_path, monkeypatch):

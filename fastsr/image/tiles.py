@@ -359,22 +359,28 @@ def bytes_per_pixel(enlarge: Enlarge, image: Image) -> float:
 class Peak(TorchDispatchMode):
     """Counts the bytes of tensors that are alive; `peak` is the most there were at a time.
 
-    An operator of fastsr counts with what its eager definition allocates, of which a kernel needs less.
+    An operator of fastsr counts with the workspace of its kernel, which stays for the next, or with what its eager
+    definition allocates.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive = self.peak = 0
+        self.alive = self.peak = self.workspace = 0
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function.namespace == "fastsr":
+            op = OPS[function._schema.name.partition("::")[2]]
+            workspace = op.workspace(*args, **kwargs)
+            if workspace is None:
+                with self:
+                    return op.eager(*args, **kwargs)
+            self.workspace = max(self.workspace, workspace)
+        else:
             with self:
-                return OPS[function._schema.name.partition("::")[2]].eager(*args, **kwargs)
-        with self:
-            result = function.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
+                result = function.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         result = function(*args, **kwargs)
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         for tensor in tree_leaves(result):
@@ -382,7 +388,7 @@ class Peak(TorchDispatchMode):
                 storage = tensor.untyped_storage()
                 self.alive += storage.nbytes()
                 weakref.finalize(storage, self._freed, storage.nbytes())
-        self.peak = max(self.peak, self.alive + _scratch(function, args, result))
+        self.peak = max(self.peak, self.alive + self.workspace + _scratch(function, args, result))
         return result
 
     def _freed(self, size: int) -> None:
