@@ -11,6 +11,7 @@ values of parameters; weights come packed, beside the images, in the tensors of 
 * Products: float32 tensors are multiplied as such, bfloat16 tensors as bfloat16. Frozen float32 weights may ask for
   "bfloat16": bfloat16 products, and bfloat16 maps within the operator, but for those that are added later, the residual
   trunk. Convolutions from or to at most four channels, the first and last of a network, multiply in float32.
+  "bfloat16 of float32" is the same, but that maps within the operator are float32 as well.
 
 The structures mirror csrc/cpu/conv/conv.h and csrc/cpu/program.h.
 """
@@ -429,7 +430,8 @@ class Builder:
         self.recipe = recipe = _recipe(op, shadows, mode.any_size)
         self.type = TYPES[tensors[0].dtype]
         self.able = _library.isa() == "avx512_bf16"
-        self.bf16 = self.type == BF16 or (mode.products == "bfloat16" and self.able)  # maps within the operator
+        self.bf16 = self.type == BF16 or (mode.products != "float32" and self.able)
+        self.inner = BF16 if self.type == BF16 or (mode.products == "bfloat16" and self.able) else FLOAT  # maps
         places = {id(t): i for i, t in enumerate(tensors)}
         self.images = tuple(places[id(t)] for t in recipe.inputs.values())
         self.parameters = tuple(i for i in range(len(tensors)) if i not in self.images)
@@ -479,7 +481,6 @@ class Builder:
         convolutions = [step for step in self.recipe.steps if isinstance(step, recipes.Conv)]
         added = {v.buffer for s in convolutions for v in (*_skips(s), *([s.outer] if s.outer is not None else []))}
         added |= {step.source.buffer for step in self.recipe.steps if isinstance(step, recipes.Copy)}  # are results
-        inner = BF16 if self.bf16 else FLOAT
         tables = self._tables()
         slots = {self.recipe.output: 0} | {name: 1 + i for i, name in enumerate(self.recipe.inputs)}
         buffers = {}
@@ -493,7 +494,7 @@ class Builder:
             else:
                 pixel = pixel_stride(shape[1])
                 row = shape[3] * pixel
-                type_ = self.type if t is not None else FLOAT if name in added else inner
+                type_ = self.type if t is not None else FLOAT if name in added else self.inner
                 buffers[name] = Buffer(shape, type_, WORKSPACE, shape[2] * row, row, pixel)
         return buffers
 

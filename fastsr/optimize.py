@@ -42,7 +42,10 @@ class Door:
 
     def freeze(self, module: nn.Module) -> None:
         """Freezes the module's tensors; the module is the one that has the hooks."""
-        packing.freeze([*module.parameters(), *module.buffers()], self.products, not self.keep_weights)
+        products = self.products
+        if products == "bfloat16" and getattr(module, "float_maps", False):
+            products = "bfloat16 of float32"
+        packing.freeze([*module.parameters(), *module.buffers()], products, not self.keep_weights)
         if self.products == "bfloat16":
             for name in getattr(module, "careful", ()):
                 packing.freeze([*module.get_submodule(name).parameters()], "float32", not self.keep_weights)
@@ -95,8 +98,9 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: b
 
     On a CPU, bfloat16 is a mode: parameters and the maps between operators stay float32, convolutions multiply in
     bfloat16 and sum in float32, but for those from or to at most four channels, a network's first and last, and layers
-    that the network names (`Network.careful`). Without the kernels for it, or on a processor without AVX512-BF16, it
-    computes in float32.
+    that the network names (`Network.careful`). Maps within an operator are bfloat16 then, unless the network says
+    otherwise (`Network.float_maps`). Without the kernels for it, or on a processor without AVX512-BF16, it computes in
+    float32.
 
     To change weights afterwards use `load_state_dict`; packed weights do not follow `p.data.mul_()` or a write through
     NumPy. Changing the original's weights does not change the result's.

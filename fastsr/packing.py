@@ -36,7 +36,8 @@ class _Entry(NamedTuple):
 
 
 class Frozen(NamedTuple):
-    """What `optimize` wants for a tensor. products: how convolutions with it multiply, "float32" or "bfloat16".
+    """What `optimize` wants for a tensor. products: how convolutions with it multiply, "float32", "bfloat16", or
+    "bfloat16 of float32", which rounds for each product but no map that is stored.
     any_size: what is packed has to serve images of every size, because the tensor is going to be released. released:
     its values are gone."""
 

