@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastsr import _cpu_tail, _library, packing, recipes
+from fastsr import _cpu_bands, _cpu_tail, _library, packing, recipes
 from fastsr.op import Op, _is_list, _replace, _tensors, describe
 from fastsr.ops.linear_tail import linear_tail
 from fastsr.ops.resize_bicubic import centred_taps, tf1_taps
@@ -241,8 +241,7 @@ class Runner:
     def _pack(self, program: Program, args: Sequence[Any]) -> list[Tensor]:
         # New tensors each, so that a recipe that compares its arguments finds them different, as it did in Builder.
         recipe = _recipe(self.op, _replace(args, [t.detach() for t in _tensors(args)]), program.any_size)
-        weighty = [step for step in recipe.steps if isinstance(step, (recipes.Conv, recipes.Gate))]
-        return [_pack(step, shape) for step, shape in zip(weighty, program.shapes, strict=True)]
+        return [_pack(recipe.steps[i], shape) for i, shape in program.packs.items()]  # type: ignore[arg-type]
 
 
 def resize_reason(x: Tensor, *rest: Any) -> str | None:
@@ -268,9 +267,9 @@ def _shadow(t: Tensor) -> Tensor:
 
 def _recipe(op: Op[..., Any], args: Sequence[Any], any_size: bool = False) -> Recipe:
     if op is linear_tail:
-        return _cpu_tail.recipe(*args, any_size)
+        return _cpu_bands.banded(_cpu_tail.recipe(*args, any_size))
     assert op.recipe_of is not None
-    return op.recipe_of(*args)
+    return _cpu_bands.banded(op.recipe_of(*args))
 
 
 def _bytes(*structures: ctypes.Structure) -> Tensor:
@@ -347,13 +346,14 @@ def forms(step: recipes.Conv, inputs: int, height: int, width: int, bf16: bool) 
 @dataclass(frozen=True)
 class Program:
     """code: uint8. images, parameters: which tensors of an operator are its maps, in the order of their slots from 1
-    on, and which are not. shapes: of the convolutions, as bytes, and None for gates, in order: what is packed into the
-    slots that follow. key: equal for programs that pack the same. any_size: no size of image needs other weights."""
+    on, and which are not. packs: what is packed into the slots that follow: the number of the step in the recipe, and
+    a convolution's shape as bytes, None for a gate. key: equal for programs that pack the same. any_size: no size of
+    image needs other weights."""
 
     code: Tensor
     images: tuple[int, ...]
     parameters: tuple[int, ...]
-    shapes: tuple[Tensor | None, ...]
+    packs: dict[int, Tensor | None]
     key: bytes
     any_size: bool
 
@@ -439,7 +439,9 @@ class Builder:
         self.outside = {**recipe.inputs, recipe.output: op._allocate(shadows)}
         self.convolutions = {i: self._shape(s) for i, s in enumerate(recipe.steps) if isinstance(s, recipes.Conv)}
         scalars = [a for a in args if not isinstance(a, Tensor) and not _is_list(a)]
-        self.key = repr((op.name, scalars, [bytes(s) for s in self.convolutions.values()])).encode()
+        self.packs = self._packs()
+        packed = [bytes(self.convolutions[i]) for i in dict.fromkeys(self.packs.values()) if i in self.convolutions]
+        self.key = repr((op.name, scalars, packed)).encode()
 
     def _whole(self, name: str) -> tuple[int, ...]:
         """The shape of a buffer."""
@@ -473,6 +475,19 @@ class Builder:
             if not why:
                 return shape
         raise Unsuitable(why)
+
+    def _packs(self) -> dict[int, int]:
+        """For each step with weights the first one that packs the same, often itself."""
+        firsts: dict[Any, int] = {}
+        found = {}
+        for i, step in enumerate(self.recipe.steps):
+            if isinstance(step, recipes.Conv):
+                tensors = step.weight, step.bias, step.prelu, step.pre_scale, step.pre_shift
+                what = (*map(id, tensors), step.act, step.slope, bytes(self.convolutions[i]))
+                found[i] = firsts.setdefault(what, i)
+            elif isinstance(step, recipes.Gate):
+                found[i] = i
+        return found
 
     # Where everything lies.
 
@@ -526,18 +541,14 @@ class Builder:
         for _, make in operations:
             kind, step = make()
             parts += [Step(kind, ctypes.sizeof(step)), step]
-        shapes = [self.convolutions.get(i) for i, s in enumerate(self.recipe.steps) if self._has_weights(s)]
-        packed = tuple(None if s is None else _bytes(s) for s in shapes)
-        return Program(_bytes(*parts), self.images, self.parameters, packed, self.key, self.any_size)
-
-    @staticmethod
-    def _has_weights(step: recipes.Step) -> bool:
-        return isinstance(step, (recipes.Conv, recipes.Gate))
+        shapes = {i: self.convolutions.get(i) for i in dict.fromkeys(self.packs.values())}
+        packs = {i: None if shape is None else _bytes(shape) for i, shape in shapes.items()}
+        return Program(_bytes(*parts), self.images, self.parameters, packs, self.key, self.any_size)
 
     def _operations(self) -> Iterator[Operation]:
         """The steps of the engine: an input's copy stands in front of its first reader."""
         waiting = [name for name in self.recipe.inputs if self.buffers[name].slot == WORKSPACE]
-        slot = 1 + len(self.images)
+        slots = {i: 1 + len(self.images) + k for k, i in enumerate(dict.fromkeys(self.packs.values()))}
         for i, step in enumerate(self.recipe.steps):
             names = [v.buffer for v in _views(step)]
             if not isinstance(step, (recipes.Mean, recipes.Copy)) and (
@@ -549,16 +560,15 @@ class Builder:
                 yield [name], partial(self._copy, name, inward=True)
             names.append(step.store.buffer if isinstance(step.store, View) else step.store)
             if isinstance(step, recipes.Conv):
-                yield from self._convolve(i, step, slot, names)
+                yield from self._convolve(i, step, slots[self.packs[i]], names)
             elif isinstance(step, recipes.Gate):
-                yield names, partial(self._gate, step, slot)
+                yield names, partial(self._gate, step, slots[i])
             elif isinstance(step, recipes.Mean):
                 yield names, partial(self._mean, step)
             elif isinstance(step, recipes.Copy):
                 yield names, partial(self._again, step)
             else:
                 yield names, partial(self._scale, step)
-            slot += self._has_weights(step)
         if self.buffers[self.recipe.output].slot == WORKSPACE:
             yield [self.recipe.output], partial(self._copy, self.recipe.output, inward=False)
 

@@ -6,9 +6,11 @@ Each convolution form by itself is tested by test_engine.py, and every operator 
 from __future__ import annotations
 
 import copy
+import math
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 import fastsr
 from bench import networks
 from conftest import ROOT, parity_case, require_backend, rms_error
-from fastsr import _cpu, _library, packing
+from fastsr import _cpu, _cpu_bands, _library, packing, recipes
 from fastsr.models import NETWORKS
 from fastsr.op import OPS, _replace, _tensors
 from test_models import UNUSUAL
@@ -94,6 +96,55 @@ def _tensors_and_code(name: str, sample) -> tuple[list[Tensor], Tensor]:
     args = OPS[name]._bind(sample)
     tensors, program = _cpu.Runner(OPS[name], *args).tensors(OPS[name]._allocate(args), *args)
     return tensors, program.code
+
+
+def workspace(program: _cpu.Program) -> int:
+    return _cpu.Header.from_buffer_copy(program.code.numpy().tobytes()).workspace_bytes
+
+
+@pytest.mark.parametrize("bands", (2, 3, 100))
+@pytest.mark.parametrize(("name", "i"), PROGRAMS)
+def test_in_bands_it_is_the_same(name, i, bands):
+    """The workspace is NaN at first, so a row that no band has made would show."""
+    recipe = OPS[name].recipe_of(*OPS[name]._bind(samples(name, dtype=torch.float64)[i]))
+    inner = sum(math.prod(shape[1:]) for buffer, shape in recipe.workspace.items() if buffer != recipe.output)
+    cut = _cpu_bands.banded(recipe, max(1, 4 * inner // bands), least=0)
+    if cut is recipe:
+        pytest.skip("it is not cut")
+    torch.testing.assert_close(recipes.run(cut), recipes.run(recipe), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", (_cpu.PLAIN, _cpu.Mode("bfloat16", any_size=False)), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize(("name", "i", "parts"), [("conv_chain", 5, 2), ("dense_block", 3, 4), ("dense_block", 4, 4)])
+def test_bands_share_a_workspace_and_packed_weights(name, i, parts, mode, monkeypatch):
+    sample = samples(name, dtype=torch.float32, layout="channels_last")[i]
+    images = {id(t) for t in _images(name, sample)}
+    high = [t.repeat(1, 1, 9, 9).contiguous(memory_format=torch.channels_last) for t in _tensors(sample)]
+    sample = _replace(sample, [h if id(t) in images else t for h, t in zip(high, _tensors(sample), strict=True)])
+    op = OPS[name]
+    whole, expected = runner(name, sample)._program(mode), op(*sample)
+    limit = runner(name, sample).workspace(*op._bind(sample)) // parts
+    monkeypatch.setattr(_cpu_bands, "banded", partial(_cpu_bands.banded, limit=limit, least=0))
+    cut = runner(name, sample)._program(mode)
+    assert len(cut.code) > len(whole.code) and cut.packs.keys() == whole.packs.keys() and cut.key == whole.key
+    assert workspace(cut) < 0.8 * workspace(whole)
+    made = torch.empty_like(expected)
+    _cpu.Runner(op, *op._bind(sample))(made, *op._bind(sample))
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(("name", "shapes", "eager"), [
+    # ESRGAN's end, 16 MB in: the upsampled map of 64 channels, the convolution's result and the activation's
+    ("conv_chain", [*[(64, 64, 3, 3)] * 3, (3, 64, 3, 3)], 3 * 256),
+    # RDN's block: eight layers of 16 MB, and the concatenation of nine, of which the last layer reads a copy
+    ("dense_block", [*((64, 64 * i, 3, 3) for i in range(1, 9)), (64, 576, 1, 1)], 16 * 8 + 16 * 9),
+])  # fmt: skip
+def test_large_maps_do_not_exist_as_a_whole(name, shapes, eager):
+    """At 256x256, where the goal for whole networks is 60 % of eager's memory. eager: its maps, in MB."""
+    x = torch.empty(1, 64, 256, 256, memory_format=torch.channels_last)
+    weights, biases = [torch.empty(s) for s in shapes], [torch.empty(s[0]) for s in shapes]
+    rest = ([2, 2, 1, 1], "nearest", "leaky", 0.2) if name == "conv_chain" else ()
+    assert OPS[name].workspace(x, weights, biases, *rest) < 0.4 * eager * 2**20
 
 
 # What is computed.
