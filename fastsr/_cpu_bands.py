@@ -14,17 +14,17 @@ from dataclasses import dataclass, replace
 
 from fastsr.recipes import Conv, Copy, Recipe, Step, View
 
-LIMIT = 64 << 20  # bytes of float32 that the maps of an image between the convolutions of a recipe may take
+LIMIT = 64 << 20  # bytes of float32 that a map of an image between the convolutions of a recipe may take
 LEAST = 8  # rows of a band for each row added around it
 
 Span = tuple[int, int]  # of rows: the first and the end
 
 
 def banded(recipe: Recipe, limit: int = LIMIT, least: int = LEAST) -> Recipe:
-    """The recipe, or if its maps take more than `limit` bytes and it can be cut, one that makes its result band by
-    band."""
-    inner = [shape for name, shape in recipe.workspace.items() if name != recipe.output]
-    bands = math.ceil(sum(math.prod(shape[1:]) for shape in inner) * 4 / limit)
+    """The recipe, or if one of its maps takes more than `limit` bytes and it can be cut, one that makes its result band
+    by band."""
+    inner = [math.prod(shape[1:]) for name, shape in recipe.workspace.items() if name != recipe.output]
+    bands = math.ceil(4 * max(inner, default=0) / limit)
     if bands < 2 or not all(_can_be_cut(step) for step in recipe.steps):
         return recipe
     height = recipe.workspace[recipe.output][2]
