@@ -134,12 +134,14 @@ Step = Conv | Gate | Mean | Scale | Copy
 @dataclass(frozen=True)
 class Recipe:
     """Steps over named buffers. inputs: the operator's image arguments; workspace: name -> shape of everything else,
-    among them the `output`, the buffer that is the operator's result."""
+    among them the `output`, the buffer that is the operator's result. float8: convolutions read e4m3, all maps with the
+    scales of the first input; what is added stays what it is."""
 
     inputs: dict[str, Tensor]
     workspace: dict[str, tuple[int, ...]]
     steps: tuple[Step, ...]
     output: str = "out"
+    float8: bool = False
 
 
 def border_sums(h: Tensor) -> Tensor:
