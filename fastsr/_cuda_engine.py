@@ -293,9 +293,7 @@ def _has_pre(step: recipes.Conv) -> bool:
 # Packing.
 
 
-def _pack_conv(
-    step: recipes.Conv, geometry: Geometry, arch: int, float8: bool, device: torch.device
-) -> list[Tensor]:
+def _pack_conv(step: recipes.Conv, geometry: Geometry, arch: int, float8: bool, device: torch.device) -> list[Tensor]:
     """The packed weights of a convolution, and its table. With float8 the weights are pairs of e4m3 in 16 bits, and the
     scales of the outputs stand in the place of slopes."""
     form, weight = lower(geometry, arch), step.weight
@@ -434,7 +432,7 @@ class Builder:
         loop = self.device.main_loop(g)
         if self.float8 and (loop != SM90 or any(self._channels(v) % 32 for v in step.sources)):
             sizes = "+".join(str(self._channels(v)) for v in step.sources)
-            raise Unsuitable(f"float8 products of {sizes} -> {g.outputs} channels (needs multiples of 32, and of 64 out)")
+            raise Unsuitable(f"float8 products of {sizes} -> {g.outputs} channels (needs multiples of 32)")
         return g, lower(g, loop)
 
     def _check_float8(self) -> None:
@@ -445,9 +443,9 @@ class Builder:
             raise Unsuitable(f"float8 products: {NO_SM90}")
         if self.type != TYPES[torch.bfloat16]:
             raise Unsuitable("float8 products in maps of float16 (needs bfloat16)")
-        for t, aligned, in_place in zip(self.recipe.inputs.values(), self.aligned, self.in_place, strict=True):
-            if in_place and not (aligned and _eights(t.stride(0), t.stride(2), t.stride(3))):
-                raise Unsuitable("float8 products of a map whose pixels are not 16-byte aligned")
+        x = next(iter(self.recipe.inputs.values()))
+        if self.in_place[0] and not (self.aligned[0] and _eights(x.stride(0), x.stride(2), x.stride(3))):
+            raise Unsuitable("float8 products of a map whose pixels are not 16-byte aligned")
 
     def _check_gate(self, step: recipes.Gate) -> None:
         channels, hidden = step.up_weight.shape[0], step.down_weight.shape[0]
@@ -577,7 +575,8 @@ class Builder:
                     *([step.scale] if isinstance(step, recipes.Scale) else []),
                 ]
             else:
-                views = [*map(self._rounded, step.sources), step.store, *_skips(step), *(step.modulate or ()), step.outer]
+                sources = map(self._rounded, step.sources)
+                views = [*sources, step.store, *_skips(step), *(step.modulate or ()), step.outer]
                 names = [v.buffer for v in views if v is not None] + ([step.scale] if step.scale else [])
                 names += ["range"] if self.float8 else []
                 if step.sums is not None:

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 import fastsr
-from conftest import relative_error
-from cuda_cases import CONVOLUTIONS, FLOOR, convolution, maker
+from conftest import ROOT, relative_error, rms_error
+from cuda_cases import CONVOLUTIONS, FLOAT8, FLOOR, convolution, dense, in_float64, maker
 from fastsr import _cuda_engine
+from fastsr.evaluate import evaluate
 from fastsr.op import OPS, _replace, _tensors
 from fastsr.ops.conv_act import conv_act
 
@@ -63,6 +64,35 @@ def test_large_maps(size):
     for outputs in (64, 32):
         inputs, weight, *rest = convolution("rcan" if outputs == 64 else "32 outputs, odd height", make)
         compare(conv_act, ([make(n, 64, h, w)], weight, *rest))
+
+
+@pytest.fixture
+def hopper():
+    reason = _cuda_engine.float8_missing(torch.device("cuda", torch.cuda.current_device()))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("case", [*FLOAT8, "large"])
+def test_float8(case, hopper):
+    """Tensor cores sum e4m3 products with fewer bits than float32 has, hence the wider bound."""
+    block = fastsr.ops.dense_block
+    args = dense(maker(), **FLOAT8.get(case, {"n": 2, "height": 300, "width": 301, "layers": 4}))
+    there = _replace(args, [guarded(t) for t in _tensors(args)])
+    made = [block(*there).cpu() for _ in range(10)]
+    assert [c.backend for c in fastsr.explain(block, *there)] == ["cuda"]
+    assert all(torch.equal(m, made[0]) for m in made[1:]), "a race: the same call gives different bits"
+    exact = in_float64(block, args)
+    assert rms_error(made[0], exact) < 3e-3 + 0.3 * rms_error(exact, in_float64(block, [*args[:-1], False]))
+
+
+@pytest.mark.parametrize("name", ["rdn_small_x2", "esrgan_small_x2"])
+def test_float8_costs_at_most_a_tenth_of_a_decibel(name, hopper, shared):
+    network = fastsr.load(ROOT / "tests" / "weights" / f"{name}.safetensors").cuda()
+    low = fastsr.optimize(network, dtype=torch.float8_e4m3fn)
+    full, less = (evaluate(net, shared / "images" / "Set5", scale=2)["mean"]["psnr_y"] for net in (network, low))
+    print(f"{name}: {full:.2f} dB in float32, {less:.2f} with e4m3")
+    assert less > full - 0.1
 
 
 def test_a_graph_replays_a_call():

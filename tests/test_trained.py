@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 import fastsr
 from conftest import ROOT
 from fastsr.evaluate import evaluate
+from fastsr.optimize import use_float8
 
 WEIGHTS = ROOT / "tests" / "weights"
 SET5 = {"rcan_small_x2": 35.97, "rdn_small_x2": 36.48, "esrgan_small_x2": 35.78}  # dB, luma, of tests/weights/README.md
@@ -28,3 +30,13 @@ def test_together_they_are_small():
 def test_set5_as_stated(name, shared):
     mean = evaluate(network(name), shared / "images" / "Set5", scale=2)["mean"]
     assert mean["psnr_y"] == pytest.approx(SET5[name], abs=0.01)
+
+
+@pytest.mark.parametrize("name", ["rdn_small_x2", "esrgan_small_x2"])
+def test_float8_costs_at_most_a_tenth_of_a_decibel(name, shared):
+    """What lets a network have `float8_parts`. The definition rounds as the kernels do, on any device."""
+    low = copy.deepcopy(network(name))
+    use_float8(low, True)
+    mean = evaluate(low, shared / "images" / "Set5", scale=2)["mean"]
+    print(f"{name}: {mean['psnr_y']:.2f} dB with e4m3, {SET5[name]} in float32")
+    assert SET5[name] - 0.1 < mean["psnr_y"] != pytest.approx(SET5[name], abs=1e-5)

@@ -92,6 +92,7 @@ class ESRGAN(Network):
         "basicsr": ("conv_first.weight", "body.0.rdb1.conv1.weight", "conv_body.weight"),
         "old": ("model.0.weight", "model.1.sub.0.RDB1.conv1.0.weight"),
     }
+    float8_parts = ("RRDB_trunk",)
 
     def __init__(self, config: ESRGANConfig) -> None:
         super().__init__(config)

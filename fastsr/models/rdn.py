@@ -198,6 +198,7 @@ class RDN(Network):
     Config: type = RDNConfig
     dialects = {"edsr": ("SFENet1.weight", "SFENet2.weight", "RDBs.0.convs.0.conv.0.weight", "GFF.0.weight")}
     hints = ("rgb_range",)
+    float8_parts = ("RDBs",)
 
     mean_shift: ClassVar[bool] = False
 
@@ -311,6 +312,7 @@ class RDNPlain(Network):
     name = "rdn_plain"
     Config = RDNPlainConfig
     dialects = {"yjn870": ("sfe1.weight", "sfe2.weight", "rdbs.0.layers.0.conv.weight", "gff.0.weight")}
+    float8_parts = ("rdbs",)
 
     def __init__(self, config: RDNPlainConfig) -> None:
         super().__init__(config)
