@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(kThreads) largest_kernel(const __grid_constant
   }
 }
 
-// What brings v to between 2^3 and 2^4, for a bfloat16's magnitude; 1 for 0. Both it and its reciprocal are normal numbers.
+// What brings v to between 2^3 and 2^4, for a bfloat16's magnitude; 1 for 0. Both it and its reciprocal are normal
+// numbers.
 __device__ __forceinline__ float range_of(float v) {
   if (v == 0.0f) return 1.0f;
   int exponent;

@@ -4,9 +4,9 @@
 //
 // Maps are stored N, H, W, C in bfloat16 or float16 with any strides but that of the channels, which is 1.
 //
-// Where `range` is given, products are of e4m3 (sm_90 only). Sources and weights then hold pairs of neighbouring channels
-// where else they hold one, and channels of theirs are counted in pairs; so nothing else on the way to the product
-// differs. What is added is of the maps' type all the same.
+// Where `range` is given, products are of e4m3 (sm_90 only). Sources and weights then hold pairs of neighbouring
+// channels where else they hold one, and channels of theirs are counted in pairs; so nothing else on the way to the
+// product differs. The weights' scales, one a row, stand in the place of slopes. What is added is of the maps' type.
 //
 // Every convolution of the networks is brought into one form. The *grid* is the set of positions that one pass
 // computes; a position's tile is 8 wide. An output *block* is up to 64 rows of weights, in octets of eight channels,
@@ -63,8 +63,7 @@ struct ConvParams {
   Map source[kMaxSources];
   Map out, skip[2], factor, term, outer;
   Map scale;    // (n, channels), float32 if scale_is_float
-  Map packed;   // weight tiles, then bias[blocks * rows], slope[blocks * rows], pre_scale[k], pre_shift[k]; e4m3 weights
-                // have their scales in the place of the slopes
+  Map packed;   // weight tiles, then bias[blocks * rows], slope[blocks * rows], pre_scale[k], pre_shift[k]
   Map table;    // Block[blocks], Chunk[chunks], int32 taps
   Map partial;  // float32 (n, tiles, channels): sums of what was stored, a tile at a time
   Map range;    // float32 (n): the scale of the e4m3 maps of an image; none: products are of the maps' type
