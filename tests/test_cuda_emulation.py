@@ -154,6 +154,17 @@ def test_float8_scales_follow_each_image():
         assert torch.equal(image, alone * factor)
 
 
+def test_float8_reads_a_slice_in_place():
+    block, (x, *rest) = OPS["dense_block"], dense(make)
+    big = torch.full((1, 20, 20, 96), torch.nan, dtype=x.dtype)
+    inner = big.permute(0, 3, 1, 2)[:, 16:80, 5 : 5 + x.shape[2], 3 : 3 + x.shape[3]]
+    made = emulated.run(block, (inner.copy_(x), *rest), Emulated((9, 0)))
+    assert torch.equal(made, emulated.run(block, (x, *rest), Emulated((9, 0))))
+    shifted = torch.zeros(1, 20, 20, 99, dtype=x.dtype).permute(0, 3, 1, 2)[:, :64]
+    why = _cuda_engine.unsuitable(block, (shifted, *rest), Emulated((9, 0)))
+    assert why == "float8 products of a map whose pixels are not 16-byte aligned"
+
+
 def test_float8_of_what_is_not_finite_or_too_large():
     block, args = OPS["dense_block"], dense(make, 1, growth=64)
     args[0][0, 5, 7, 4] = torch.nan

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -108,3 +112,21 @@ def test_a_graph_replays_a_call():
         out.zero_()
         graph.replay()
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    """On small cases, with an allocation for every tensor, so that writes beside one are seen too."""
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer, of the CUDA toolkit")
+    # Each main loop, with weights that stay in shared memory and that do not, and e4m3.
+    cases = ("several tiles", "32 outputs, odd height", "192 inputs, streamed", "groups", "last of 96, tiles")
+    tests = [f"{__file__}::test_convolutions[{case}-torch.bfloat16]" for case in cases]
+    tests += [f"{__file__}::test_float8[{case}]" for case in ("tiles", "rdn")]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q",
+               "-p", "no:cacheprovider", *tests]  # fmt: skip
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert f"{len(tests)} passed" in done.stdout or "skipped" in done.stdout, done.stdout
