@@ -142,6 +142,17 @@ def test_float8(case):
     assert rms_error(first, exact) < 3e-3 < 6e-3 < rms_error(exact, in_float64(block, [*args[:-1], False]))
 
 
+@pytest.mark.parametrize("height", [32, 16, 12, 8])
+def test_float8_in_every_width_of_wgmma(height):
+    block, args = OPS["dense_block"], dense(make, height=2 * height, width=16, growth=64, layers=1)
+    program = _cuda_engine.Runner(block, *args, device=Emulated((9, 0))).program
+    convolution = program[8 + ctypes.sizeof(_cuda_engine.Float8Params) :]
+    heights = {tile(convolution, multiprocessors)[0]: multiprocessors for multiprocessors in range(1, 200)}
+    assert height in heights, "no number of multiprocessors makes such tiles"
+    made = emulated.run(block, args, Emulated((9, 0), heights[height]))
+    assert rms_error(made, in_float64(block, args)) < 3e-3
+
+
 def test_float8_scales_follow_each_image():
     """An image is the same in any batch, and as exact at any magnitude."""
     block = OPS["dense_block"]
