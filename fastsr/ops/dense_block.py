@@ -34,8 +34,7 @@ def dense_block(
     layout of x. Raises ValueError.
 
     float8: convolutions multiply in e4m3 and sum in more. Weights have a scale for each output; x and what the layers
-    grow have one for each image, with room for g1, .., gk that are 28 times larger than x. Only
-    x + .. reads x as it is.
+    grow have one for each image, with room for g1, .., gk 28 times larger than x. What is added stays as it is.
     """
     if float8:
         return _eager_float8(x, weights, biases, slope, gain, outer, outer_gain)
