@@ -94,7 +94,10 @@ def reason(op: Op, *args: Any) -> str | None:
         return None
     from fastsr.kernels.conv import refuses
 
-    for step in op.recipe_of(*args).steps:
+    recipe = op.recipe_of(*args)
+    if recipe.float8:
+        return "float8 products are made by the CUDA kernels alone"
+    for step in recipe.steps:
         if isinstance(step, Conv):
             why = refuses(step.weight, step.stride, step.groups, step.transposed, step.upsample, step.shuffle,
                           step.shuffle_order)  # fmt: skip

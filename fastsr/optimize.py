@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastsr import packing
+from fastsr import _cuda_engine, packing
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -98,6 +98,10 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: b
     that the network names (`Network.careful`). Without the kernels for it, or on a processor without AVX512-BF16, it
     computes in float32.
 
+    torch.float8_e4m3fn is for GPUs of compute capability 9.0 and the networks that name what bears it
+    (`Network.float8_parts`: the dense blocks of ESRGAN and RDN). Convolutions there multiply in eight bits and sum in
+    float32; parameters, all other convolutions and the maps between operators are bfloat16. Scales follow each image.
+
     To change weights afterwards use `load_state_dict`; packed weights do not follow `p.data.mul_()` or a write through
     NumPy. Changing the original's weights does not change the result's.
 
@@ -105,13 +109,20 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: b
     `state_dict`, `load_state_dict`, copying and pickling raise RuntimeError, and what is not computed by packed weights
     (under `fastsr.use("eager")`, say) becomes NaN. The first call must not be made by several threads at once.
 
-    Raises TypeError for anything but a module or a floating dtype.
+    Raises TypeError for anything but a module or a floating dtype, ValueError where torch.float8_e4m3fn is not for the
+    network or its device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: expected model to be a torch.nn.Module; got {type(model).__name__}")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"optimize: expected dtype to be a floating-point dtype; got {dtype}")
+    float8 = dtype == torch.float8_e4m3fn
+    if float8:
+        _check_float8(model)
+        dtype = torch.bfloat16
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    if dtype is not None:
+        use_float8(frozen, float8)
     parameters = [p for p in frozen.parameters() if p.is_floating_point()]
     mode = dtype == torch.bfloat16 and all(p.device.type == "cpu" for p in parameters)
     if dtype is not None:
@@ -131,6 +142,35 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: b
     door.keep_weights = keep_weights
     door.freeze(frozen)
     return frozen
+
+
+def use_float8(model: nn.Module, on: bool) -> None:
+    """Makes the blocks in a network's `float8_parts` multiply in e4m3, or no longer."""
+    for name in getattr(model, "float8_parts", ()):
+        for block in model.get_submodule(name).modules():
+            if hasattr(block, "float8"):
+                block.float8 = on
+
+
+def _check_float8(model: nn.Module) -> None:
+    """Raises ValueError unless a network multiplies in e4m3 where it is."""
+    name, instead = f"dtype=float8_e4m3fn; got {type(model).__name__}", "use dtype=torch.bfloat16"
+    parts = [model.get_submodule(part) for part in getattr(model, "float8_parts", ())]
+    if not parts:
+        raise ValueError(f"optimize: expected a network with float8_parts for {name}; {instead}")
+    weights = [p for part in parts for p in part.parameters() if p.dim() == 4]
+    narrow = next((w for w in weights if w.shape[0] % 32 or w.shape[1] % 32), None)
+    if narrow is not None:
+        raise ValueError(
+            f"optimize: expected dense blocks of multiples of 32 channels for {name} with a convolution "
+            f"{narrow.shape[1]} -> {narrow.shape[0]}; {instead}"
+        )
+    why = _cuda_engine.float8_missing(weights[0].device)
+    if why is not None:
+        raise ValueError(
+            f"optimize: expected a model on a GPU of compute capability 9.0 for {name}: {why}; "
+            f"move it there, or {instead}"
+        )
 
 
 def freeze_copy(module: nn.Module) -> None:
