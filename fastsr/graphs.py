@@ -182,7 +182,7 @@ class Graph:
         cached = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)  # weights cast by autocast must not outlive the graph's memory
         try:
-            with torch.inference_mode():
+            with _ordinary():
                 args, kwargs = _mapped((args, kwargs), lambda t: torch.empty_like(t, requires_grad=False).copy_(t))
                 with HostWaits():
                     engine.warm_up(lane, lambda: run(*args, **kwargs))
@@ -195,7 +195,7 @@ class Graph:
 
     def replay(self, args: Any, kwargs: Any) -> Any:
         """The result of a call of the same kind."""
-        with torch.inference_mode():
+        with _ordinary():
             for own, given in zip(self.inputs, _tensors((args, kwargs)), strict=True):
                 own.copy_(given)
         self.launch()
@@ -210,12 +210,13 @@ class Graph:
 class Kind:
     """A kind of call.
 
-    about: its arguments, for people; last: the number of its last call; reason: why that call was not replayed, or
-    None; failure: why it cannot be captured, or None.
+    about: its arguments, for people; last: the number of its last call; ran: whether a plain call has come to its end;
+    reason: why the last call was not replayed, or None; failure: why it cannot be captured, or None.
     """
 
     about: str
     last: int = 0
+    ran: bool = False
     graph: Graph | None = None
     reason: str | None = None
     failure: str | None = None
@@ -268,7 +269,9 @@ class Graphs:
             kind = self._known(first, args, kwargs)
             if kind.graph is not None and kind.reason is None:
                 return self._replayed(kind, kind.graph, args, kwargs)
-        return run(*args, **kwargs)
+        result = run(*args, **kwargs)
+        kind.ran = True
+        return result
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
         module = self.module
@@ -313,7 +316,7 @@ class Graphs:
             del state.kinds[old]
         kind.reason = unsuitable or kind.failure or self._reason(first, args, kwargs)
         if kind.reason is None and kind.graph is None:
-            if not before:
+            if not kind.ran:
                 kind.reason = "it came once; its next call is captured"
             elif self._room(kind, before):
                 self._capture(kind, where, args, kwargs)
@@ -376,7 +379,7 @@ def attach(module: nn.Module, wanted: bool) -> None:
     """Makes a module replay its calls as CUDA graphs, or not. A module whose `forward` was replaced is left alone."""
     if isinstance(module.__dict__.get("forward"), Graphs):
         del module.forward
-    if wanted and "forward" not in module.__dict__ and not isinstance(module, torch.jit.ScriptModule):
+    if wanted and "forward" not in module.__dict__:
         module.forward = Graphs(module)
 
 
@@ -395,6 +398,13 @@ def report(model: nn.Module) -> list[str]:
 
 
 # Arguments and results.
+
+
+@contextlib.contextmanager
+def _ordinary() -> Iterator[None]:
+    """Without gradients, but not in inference mode: its tensors could not be written elsewhere."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

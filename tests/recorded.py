@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fastsr.op import OPS
 
@@ -37,9 +38,8 @@ class Recording(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func.namespace != "fastsr_cpu" and torch.Tag.data_dependent_output in func.tags:
             raise RuntimeError("operation not permitted when stream is capturing")
-        results = [result] if isinstance(result, Tensor) else list(result) if isinstance(result, (list, tuple)) else []
-        aliases = any(r.alias_info is not None for r in func._schema.returns)
-        made = [] if aliases else [t for t in results if isinstance(t, Tensor)]
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor) and t.untyped_storage().data_ptr() not in given]
         self.made += made
         if func.overloadpacket.__name__ not in MADE_OF_NOTHING and (made or func._schema.is_mutable):
             self.calls.append((func, args, kwargs, made))
@@ -52,7 +52,7 @@ class Recording(TorchDispatchMode):
         for func, args, kwargs, made in self.calls:
             result = func(*args, **kwargs)
             if made:
-                for own, new in zip(made, [result] if isinstance(result, Tensor) else result, strict=True):
+                for own, new in zip(made, tree_leaves(result), strict=True):
                     own.copy_(new)
 
 
@@ -72,7 +72,6 @@ class Recorder:
         self.here = threading.local()
         self.captures = self.launches = 0
         self.failure: Exception | None = None
-        self.lanes: list[tuple[Any, Lane]] = []
         self.delay = 0.0
         self.overlaps = 0
 
@@ -103,13 +102,13 @@ class Recorder:
         with self.captured(), recording:
             result = run()
         if self.failure is not None:
-            raise self.failure
+            raise type(self.failure)(*self.failure.args)
 
         def launch():
             self.launches += 1
             self.overlaps += lane.busy
             lane.busy = True
-            with torch.inference_mode():
+            with torch.inference_mode(False), torch.no_grad():
                 recording.launch()
             time.sleep(self.delay)
             lane.busy = False
