@@ -104,7 +104,7 @@ def kept(key: Hashable, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
     # Summed before it is made: what changes in between is noticed by the next call.
     sums = None if all_frozen else [_sum(t) for t in tensors]
     value = make()
-    if all_frozen and entry is not None and _changed_in_place(entry, tensors):
+    if all_frozen and entry is not None and entry.sums is None and _changed_in_place(entry, tensors):
         value = _refilled(entry.value, value)
     if on_gpu:
         torch.cuda.current_stream(first.device).synchronize()  # other streams may read it at once

@@ -177,6 +177,20 @@ def test_whatever_decides_about_kernels_makes_another_kind(fast):
     assert torch.equal(fast(x), truth(fast, x)) and engine.launches == 9
 
 
+def test_weights_that_autocast_casts_are_cast_in_each_replay():
+    """torch keeps such copies of weights that require gradients until autocast ends, longer than a graph may rely on."""
+    fast, engine = recorded(nn.Conv2d(3, 4, 3))
+    fast.requires_grad_(True)
+    x = images(1, 1, 3, 6, 7)[0]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        fast(x), fast(x)
+        fast.weight.mul_(2)
+        fast(x)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fast(x), truth(fast, x).float())
+    assert (engine.captures, engine.launches) == (1, 2)
+
+
 def test_modes_of_autograd_share_graphs_and_keep_their_kinds_of_tensors(fast):
     fast, engine = fast
     x = images(1, 1, 3, 6, 7)[0]
@@ -531,7 +545,8 @@ def test_networks(name, backend):
     with torch.no_grad():
         for seed in range(3):
             x = example(name, seed)
-            assert torch.equal(fast(*x), type(fast).forward(fast, *x))
+            made, expected = fast(*x), type(fast).forward(fast, *x)
+            assert torch.equal(made, expected) and made.stride() == expected.stride()
     assert engine.captures == 1 and engine.launches == 2
 
 
