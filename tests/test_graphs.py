@@ -178,7 +178,7 @@ def test_whatever_decides_about_kernels_makes_another_kind(fast):
 
 
 def test_weights_that_autocast_casts_are_cast_in_each_replay():
-    """torch keeps such copies of weights that require gradients until autocast ends, longer than a graph may rely on."""
+    """torch keeps the copies of weights that require gradients until autocast ends, as no graph may."""
     fast, engine = recorded(nn.Conv2d(3, 4, 3))
     fast.requires_grad_(True)
     x = images(1, 1, 3, 6, 7)[0]
