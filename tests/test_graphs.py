@@ -21,7 +21,7 @@ from conftest import relative_error, require_backend
 from fastsr import graphs
 from fastsr.graphs import GRAPHS, KNOWN, Graphs
 from fastsr.nn import ConvAct
-from recorded import Recorder
+from recorded import Recorder, Recording
 
 TINY = {
     "enhancenet": {"blocks": 1, "features": 16},
@@ -535,6 +535,97 @@ def test_tools_of_torch_see_the_class_s_forward():
     own = Two()
     own.forward = lambda x: x + 1  # somebody else's
     assert torch.equal(fastsr.optimize(own)(x), x + 1)
+
+
+class FakeStream:
+    """A stream that only has a name."""
+
+    current: list[FakeStream] = []
+
+    def __init__(self, device=None):
+        self.device, self.cuda_stream, self.waits = device, id(self), []
+
+    def wait_stream(self, other):
+        self.waits.append(other)
+
+
+class FakeGraph:
+    """torch.cuda.CUDAGraph on a recording; `calls` has what was done to any."""
+
+    calls: list[str] = []
+    invalid: str | None = None
+
+    def capture_begin(self, pool, capture_error_mode):
+        assert FakeStream.current[-1].cuda_stream != FakeStream.current[0].cuda_stream
+        assert pool == (0, 7) and capture_error_mode == "thread_local"
+        self.calls.append("begin")
+        self.recording = Recording()
+        self.recording.__enter__()
+        if self.invalid:
+            raise RuntimeError(self.invalid)
+
+    def capture_end(self):
+        self.recording.__exit__(None, None, None)
+        self.calls.append("end")
+        if self.invalid:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def replay(self):
+        self.recording.launch()
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """torch.cuda, as far as `graphs.Cuda` uses it, without a device."""
+
+    @contextlib.contextmanager
+    def on(stream):
+        FakeStream.current.append(stream)
+        try:
+            yield
+        finally:
+            FakeStream.current.pop()
+
+    monkeypatch.setattr(FakeStream, "current", [FakeStream()])
+    monkeypatch.setattr(FakeGraph, "calls", [])
+    monkeypatch.setattr(FakeGraph, "invalid", None)
+    monkeypatch.setattr(graphs.Cuda, "kind", "cpu")
+    pieces = {
+        "device": lambda device: contextlib.nullcontext(), "Stream": FakeStream, "stream": on, "CUDAGraph": FakeGraph,
+        "current_stream": lambda device=None: FakeStream.current[-1], "graph_pool_handle": lambda: (0, 7),
+        "synchronize": lambda: FakeGraph.calls.append("synchronize"), "empty_cache": lambda: None,
+        "is_current_stream_capturing": lambda: FakeGraph.calls[-1:] == ["begin"], "current_device": lambda: 3,
+    }  # fmt: skip
+    for name, piece in pieces.items():
+        monkeypatch.setattr(torch.cuda, name, piece)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch._C, name, lambda *args, n=name: FakeGraph.calls.append((n, *args)), raising=False)
+
+
+def test_what_is_asked_of_cuda(fake_cuda, backend):
+    fast = fastsr.optimize(Two())
+    for x in images(4, 1, 3, 6, 7):
+        assert torch.equal(fast(x), truth(fast, x))
+    assert FakeGraph.calls == ["synchronize", "begin", "end"] and len(FakeStream.current) == 1
+    assert captured(fast) == 1 and len(FakeStream.current[0].waits) == 2
+    with torch.no_grad():
+        fast.first.weight.mul_(2)
+    for x in images(3, 1, 3, 6, 7):
+        assert torch.equal(fast(x), truth(fast, x))
+    assert FakeGraph.calls == ["synchronize", "begin", "end"]
+
+
+def test_an_invalid_capture_is_cleaned_up(fake_cuda, backend):
+    fast, x = fastsr.optimize(Two()), images(1, 1, 3, 6, 7)[0]
+    fast(x)
+    FakeGraph.invalid = "operation not permitted when stream is capturing"
+    with pytest.warns(RuntimeWarning, match="not permitted"):
+        assert torch.equal(fast(x), truth(fast, x))
+    pool = (3, (0, 7))
+    assert FakeGraph.calls[2:] == ["end", ("_cuda_endAllocateToPool", *pool), ("_cuda_releasePool", *pool)]
+    assert len(FakeStream.current) == 1 and not fast.forward._state.lanes
+    FakeGraph.invalid = None
+    assert torch.equal(fast(x), truth(fast, x)) and captured(fast) == 0
 
 
 # Networks.
