@@ -145,7 +145,7 @@ def _changed_in_place(entry: _Entry, tensors: Sequence[Tensor]) -> bool:
     return same and [mark[0] for mark in entry.marks] == [t.data_ptr() for t in tensors]
 
 
-def _refilled(old: T, new: T) -> T:
+def _refilled(old: Any, new: Any) -> Any:
     """The old tensor or tensors, filled with the new ones; the new ones where they are of another kind."""
     pairs = [(old, new)] if isinstance(old, Tensor) else []
     if isinstance(old, (list, tuple)) and type(new) is type(old) and len(new) == len(old):

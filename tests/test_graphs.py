@@ -434,15 +434,24 @@ def test_calls_that_a_graph_cannot_stand_for_run_plainly(fast):
     assert [call.op for call in fastsr.explain(fast, x)] == ["conv_act", "conv_act"]
     with engine.captured():
         plainly(lambda: fast(x), "")
-    assert len(torch.func.vmap(lambda one: one)(x)) == 1  # and the transforms of torch.func:
-    direction = torch.ones_like(x)
-    assert torch.func.jvp(lambda t: t * 2, (x,), (direction,))[1].sum() == 2 * x.numel()
     large = torch.rand(1, 3, 1, graphs.MOST_PIXELS + 1)
     engine_before = engine.captures
     with fastsr.use("eager"):
         fast(large), fast(large)
     assert engine.captures == engine_before and "pay" in graphs.report(fast)[-1]
     assert torch.equal(fast(x), expected) and engine.launches == before + 1
+
+
+def test_transforms_of_torch_are_of_the_plain_call():
+    layer = nn.Conv2d(3, 4, 3)
+    fast, engine = recorded(layer)
+    x = images(2, 1, 3, 6, 7)
+    fast(x[0]), fast(x[0])
+    for function in (torch.func.grad(lambda t: fast(t).sum()), lambda t: torch.func.jvp(fast, (t,), (t,))[1]):
+        assert function(x[0]).abs().sum() > 0
+    assert torch.allclose(torch.func.vmap(fast)(x), torch.stack([layer(one) for one in x]), atol=1e-6)
+    assert engine.launches == 1
+    assert torch.allclose(fast(x[1]), layer(x[1]), atol=1e-6) and engine.launches == 2
 
 
 def test_arguments_that_may_change_their_meaning_run_plainly():
