@@ -299,8 +299,8 @@ FEW_TAPS = 64  # of a sample: up to here one pass reads less than two
 def _resize(out: Tensor, x: Tensor, height: int, width: int, scale_y: float, scale_x: float, method: str) -> None:
     from fastsr.kernels import resize_bicubic
 
-    rows = _taps(x.shape[2], height, scale_y, method, x.device)
-    columns = _taps(x.shape[3], width, scale_x, method, x.device)
+    rows = packing.used(_taps(x.shape[2], height, scale_y, method, x.device))
+    columns = packing.used(_taps(x.shape[3], width, scale_x, method, x.device))
     if rows[0].shape[0] * columns[0].shape[0] <= FEW_TAPS:
         resize_bicubic.prepare(out, x, rows, columns).run()
         return
@@ -309,6 +309,7 @@ def _resize(out: Tensor, x: Tensor, height: int, width: int, scale_y: float, sca
         shape, first, second = (n, c, height, w), (rows, _identity(w, x.device)), (_identity(height, x.device), columns)
     else:
         shape, first, second = (n, c, h, width), (_identity(h, x.device), columns), (rows, _identity(width, x.device))
+    packing.used((first, second))
     last = torch.channels_last if out.stride(1) == 1 else torch.contiguous_format
     between = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=last)
     resize_bicubic.prepare(between, x, *first).run()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsr import _cuda_engine, packing
+from fastsr.graphs import attach
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -86,7 +87,9 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     return value.to(dtype) if floating and dtype is not None else value
 
 
-def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: bool = True) -> Module:
+def optimize(
+    model: Module, *, dtype: torch.dtype | None = None, keep_weights: bool = True, graphs: bool = True
+) -> Module:
     """A new frozen module for inference: same class, same call, same parameter names; the argument is untouched.
 
     The result is in evaluation mode, its parameters need no gradients, and its weights are packed once, for each kind
@@ -108,6 +111,10 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: b
     keep_weights=False saves memory on a CPU: after the first call, weights that were packed in it are given up. Then
     `state_dict`, `load_state_dict`, copying and pickling raise RuntimeError, and what is not computed by packed weights
     (under `fastsr.use("eager")`, say) becomes NaN. The first call must not be made by several threads at once.
+
+    On a CUDA device, calls that come again are replayed as CUDA graphs, with the same results; `fastsr.graphs` has the
+    rules, and `fastsr.graphs.report` says what became of each kind of call. graphs=False is for a module whose forward
+    keeps something between calls, or to save the memory that graphs hold.
 
     Raises TypeError for anything but a module or a floating dtype, ValueError where torch.float8_e4m3fn is not for the
     network or its device.
@@ -141,6 +148,7 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: b
     door.products = "bfloat16" if mode else "float32"
     door.keep_weights = keep_weights
     door.freeze(frozen)
+    attach(frozen, graphs)
     return frozen
 
 
