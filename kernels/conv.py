@@ -296,7 +296,8 @@ def default_config(shape: Shape) -> dict[str, int]:
     exact = shape.dtype == "float32"
     bc = min(64, max(16, power_of_two(shape.rows)))
     config = {"BP": 128, "BC": bc, "BK": min(bk, 32) if exact else bk, "WEIGHTS_FIRST": int(bc == 64),
-              "num_warps": 8 if shape.prologue or shape.sums else 4, "num_stages": 3}  # fmt: skip
+              "num_warps": 8 if shape.prologue or shape.sums else 4,
+              "num_stages": 4 if bc == 32 and not exact else 3}  # fmt: skip
     if exact and shape.precision == "ieee":
         config |= {"BP": 64, "WEIGHTS_FIRST": 0}
     return config
