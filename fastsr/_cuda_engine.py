@@ -9,8 +9,8 @@ and `_cuda_forms` says how.
   another is copied.
 * Products of bfloat16 or float16, sums in float32. Sums over a map have a fixed order, which the rest of the batch does
   not change.
-* `advice` keeps every call from this backend that no committed measurement says it is faster for; `fastsr.use("cuda")`
-  reaches it always.
+* `advice` keeps every call from this backend that no measurement says it is faster for; `fastsr.use("cuda")` reaches it
+  always.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from fastsr._cuda_forms import (
     suits_sm90,
     tile_order,
 )
-from fastsr._triton import architecture, choice_key, tuned
+from fastsr._triton import measured
 from fastsr.op import Op, _replace, _tensors, describe
 from fastsr.recipes import Recipe, View
 
@@ -162,11 +162,17 @@ def unsuitable(op: Op[..., Any], args: Sequence[Any], device: Device) -> str | N
 
 
 def advice(op: Op[..., Any], *args: Any) -> str | None:
-    """Why another backend is preferred: none of ours is ahead without a committed measurement."""
-    arch = architecture(_tensors(args)[0].device)
-    if tuned(arch).get("choices", {}).get(choice_key(op, args)) == "cuda":
+    """Why another backend is preferred: none of ours is ahead without a measurement."""
+    found = measured(op, args)
+    if found is None:
+        return 'nothing measured has it ahead of Triton (fastsr.use("cuda") takes it)'
+    times, path = found
+    if "cuda" not in times:
+        return f"not measured, or failed, or gave a wrong result ({path})"
+    fastest = min(times, key=lambda name: times[name])
+    if fastest == "cuda":
         return None
-    return f'no committed measurement on {arch} has it ahead of Triton (fastsr.use("cuda") takes it)'
+    return f"measured: {times['cuda']:.1f} us, {fastest} {times[fastest]:.1f} us ({path})"
 
 
 # Devices.

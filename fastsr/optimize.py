@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsr import packing
+from fastsr import tune as tuning
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -25,6 +26,7 @@ class Door:
         self.dtype: torch.dtype | None = None  # of a module without parameters
         self.products = "float32"
         self.keep_weights = True
+        self.tune = False
         self.released = False
         self.owner: weakref.ref[nn.Module] | None = None
 
@@ -55,7 +57,11 @@ class Door:
         first = next(_floating((args, kwargs)), None)
         _given.dtypes = (None if first is None else first.dtype, getattr(_given, "dtypes", None))
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), self.dtype)
-        return _cast(args, dtype), _cast(kwargs, dtype)
+        args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
+        if self.tune and first is not None and not torch.compiler.is_compiling():
+            tuning.tune(lambda: module.forward(*args, **kwargs), first.device, again=False)
+            self.tune = False
+        return args, kwargs
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
         """The forward hook, called after exceptions too."""
@@ -86,7 +92,9 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     return value.to(dtype) if floating and dtype is not None else value
 
 
-def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: bool = True) -> Module:
+def optimize(
+    model: Module, *, dtype: torch.dtype | None = None, keep_weights: bool = True, tune: bool = False
+) -> Module:
     """A new frozen module for inference: same class, same call, same parameter names; the argument is untouched.
 
     The result is in evaluation mode, its parameters need no gradients, and its weights are packed once, for each kind
@@ -105,12 +113,19 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: b
     `state_dict`, `load_state_dict`, copying and pickling raise RuntimeError, and what is not computed by packed weights
     (under `fastsr.use("eager")`, say) becomes NaN. The first call must not be made by several threads at once.
 
+    tune=True measures on a GPU, during the first call and with what it is given, which kernels are fastest here, eager
+    ones among them; calls of other image sizes use what was found. It takes a minute, shown by a bar where stderr is a
+    terminal, and is remembered in the user's cache directory, so that a later program has nothing left to measure (see
+    `fastsr.tune`). Raises ValueError for a model on a CPU, whose kernels need no tuning.
+
     Raises TypeError for anything but a module or a floating dtype.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: expected model to be a torch.nn.Module; got {type(model).__name__}")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"optimize: expected dtype to be a floating-point dtype; got {dtype}")
+    if tune and any(p.device.type == "cpu" for p in model.parameters()):
+        raise ValueError("optimize: tune=True measures kernels of a GPU; got a model on the CPU: move it, or omit tune")
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     parameters = [p for p in frozen.parameters() if p.is_floating_point()]
     mode = dtype == torch.bfloat16 and all(p.device.type == "cpu" for p in parameters)
@@ -129,6 +144,7 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: b
     door.dtype = torch.float32 if mode else dtype
     door.products = "bfloat16" if mode else "float32"
     door.keep_weights = keep_weights
+    door.tune = tune
     door.freeze(frozen)
     return frozen
 

@@ -303,6 +303,17 @@ def default_config(shape: Shape) -> dict[str, int]:
     return config
 
 
+def allowed(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """The values that each number of a configuration may have; tuning looks among them. Blocks are no larger than what
+    they are to hold."""
+    rows, channels = (max(16, power_of_two(n)) for n in (shape.rows, max(shape.inputs)))
+    return {
+        "BP": (64, 128, 256), "BC": tuple(n for n in (16, 32, 64, 128) if n <= rows),
+        "BK": tuple(n for n in (16, 32, 64) if n <= channels), "WEIGHTS_FIRST": (0, 1), "num_warps": (4, 8),
+        "num_stages": (2, 3, 4, 5),
+    }  # fmt: skip
+
+
 def transposed_weight(weight: Tensor, stride: int, groups: int) -> Tensor:
     """(C, Cout / groups, k, k) of a transposed convolution -> [stride^2, Cout, J, J, C / groups], for the kernel."""
     c, rows, k, _ = weight.shape
