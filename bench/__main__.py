@@ -97,12 +97,8 @@ def tune(args: argparse.Namespace) -> None:
                 inputs = [x.to(device) for x in inputs_of(network, size)]
                 run = functools.partial(network, *inputs)
                 found = tuning.tune(run, device, seconds=args.seconds, again=False, path=path)
-                print(
-                    f"{name:12} {size:5} {dtype:9} {found}",
-                    *(f"not kept: {why}" for why in found.rejected),
-                    sep="\n  ",
-                    flush=True,
-                )
+                lines = f"{name:12} {size:5} {dtype:9} {found}", *(f"  not kept: {why}" for why in found.rejected)
+                print(*lines, sep="\n", flush=True)
 
 
 def main() -> int:

@@ -44,6 +44,7 @@ from fastsr._cuda_forms import (
 )
 from fastsr._triton import measured
 from fastsr.op import Op, _replace, _tensors, describe
+from fastsr.ops.linear_tail import linear_tail, merged_recipe, unmergeable
 from fastsr.recipes import Recipe, View
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -243,7 +244,20 @@ class Runner:
 
 def _recipe(op: Op[..., Any], args: Sequence[Any]) -> Recipe:
     assert op.recipe_of is not None
-    return op.recipe_of(*args)
+    recipe = op.recipe_of(*args)
+    if op is linear_tail and unmergeable(*args[:2]) is None:
+        shadows = [torch.empty_like(t, device="meta") for t in _tensors(args)]
+        merged = merged_recipe(*_replace(args, shadows))
+        if _products(merged) < _products(recipe):
+            return merged_recipe(*args, dtype=args[0].dtype)
+    return recipe
+
+
+def _products(recipe: Recipe) -> int:
+    """How many multiplications the convolutions of a recipe without strides take for an image."""
+    shapes = recipe.workspace | {name: tuple(t.shape) for name, t in recipe.inputs.items()}
+    convolutions = (step for step in recipe.steps if isinstance(step, recipes.Conv))
+    return sum(math.prod((s.weight.numel(), *s.sources[0].size(shapes[s.sources[0].buffer]))) for s in convolutions)
 
 
 def _dense(t: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from torch import Tensor
 from fastsr import _tables, packing
 from fastsr._tables import Identity
 from fastsr.op import Op, _tensors
+from fastsr.ops.linear_tail import merge, shuffles_of, unmergeable
 from fastsr.ops.resize_bicubic import centred_taps, tf1_taps
 from fastsr.recipes import Conv, Copy, Gate, Mean, Recipe
 
@@ -192,10 +194,10 @@ def summary() -> str:
 
 
 def run(op: Op, out: Tensor, *args: Any) -> None:
-    """Computes one operator call into `out`."""
-    if op.name == "resize_bicubic":
-        _resize(out, *args)
-    elif op.name != "residual_e" or not _residual_e(out, *args):
+    """Computes one operator call into `out`: by a kernel made for the operator where there is one and it can, else step
+    by step."""
+    special = {"resize_bicubic": _resize, "residual_e": _residual_e, "linear_tail": _linear_tail}.get(op.name)
+    if special is None or not special(out, *args):
         assert op.recipe_of is not None
         run_recipe(op.recipe_of(*args), out)
 
@@ -289,17 +291,46 @@ def _residual_e(out: Tensor, x: Tensor, *weights_and_groups: Any) -> bool:
     return True
 
 
+def _linear_tail(out: Tensor, x: Tensor, weights: list[Tensor], biases: list[Tensor], gain: float) -> bool:
+    """All layers as one convolution and one launch; False where they cannot be merged, or would have to be in every
+    call, as weights that are not frozen would."""
+    from fastsr.kernels import conv
+    from fastsr.kernels.launch import pixels
+
+    given = [*weights, *biases]
+    if unmergeable(x, weights) is not None or any(packing.frozen(t) is None for t in given):
+        return False
+
+    def merged() -> tuple[Tensor, Tensor | None]:
+        kernels, bias = merge(weights, biases)
+        kernels = kernels.flatten(0, 1).permute(0, 1, 3, 4, 2).to(x.dtype).contiguous()
+        return kernels, None if bias is None else bias.flatten(0, 1)
+
+    packed, bias = packing.kept(("triton merged", len(weights)), given, merged)
+    _, outputs, taps, _, channels = packed.shape
+    like = torch.empty(outputs, channels, taps, taps, dtype=x.dtype, device="meta")
+    scale, device = math.prod(shuffles_of(weights)), identity(x.device)
+    result = out if pixels(out) is not None else _image(out, out.shape)
+    conv.prepare(
+        result, [x], like, bias, padding=taps // 2, gain=gain, shuffle=scale, precision=precision(x), packed=packed,
+        framed=True, configure=lambda shape: _tables.config(device, conv, shape),
+    ).run()  # fmt: skip
+    if result is not out:
+        out.copy_(result)
+    return True
+
+
 FEW_TAPS = 64  # of a sample: up to here one pass reads less than two
 
 
-def _resize(out: Tensor, x: Tensor, height: int, width: int, scale_y: float, scale_x: float, method: str) -> None:
+def _resize(out: Tensor, x: Tensor, height: int, width: int, scale_y: float, scale_x: float, method: str) -> bool:
     from fastsr.kernels import resize_bicubic
 
     rows = _taps(x.shape[2], height, scale_y, method, x.device)
     columns = _taps(x.shape[3], width, scale_x, method, x.device)
     if rows[0].shape[0] * columns[0].shape[0] <= FEW_TAPS:
         resize_bicubic.prepare(out, x, rows, columns).run()
-        return
+        return True
     n, c, h, w = x.shape
     if height / h <= width / w:  # the axis that shrinks most first
         shape, first, second = (n, c, height, w), (rows, _identity(w, x.device)), (_identity(height, x.device), columns)
@@ -309,6 +340,7 @@ def _resize(out: Tensor, x: Tensor, height: int, width: int, scale_y: float, sca
     between = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=last)
     resize_bicubic.prepare(between, x, *first).run()
     resize_bicubic.prepare(out, between, *second).run()
+    return True
 
 
 @functools.lru_cache(maxsize=64)
