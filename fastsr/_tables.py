@@ -10,6 +10,7 @@ rules: `fastsr._triton.advice` for backends, `default_config` of a kernel for it
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import importlib.metadata
 import json
@@ -58,7 +59,7 @@ class Trial:
         self.asked: dict[str, tuple[Any, Any, dict[str, int]]] = {}
 
 
-_trial: Trial | None = None
+_trial: contextvars.ContextVar[Trial | None] = contextvars.ContextVar("fastsr_trial", default=None)
 
 
 @functools.cache
@@ -184,9 +185,9 @@ def config(device: Identity, kernel: Any, shape: Any) -> dict[str, int]:
     kernel: a module with `default_config(shape)` and `allowed(shape)`, the values that each number may have.
     Raises TableError for a tuned configuration that the kernel does not allow.
     """
-    key = shape.key()
-    if _trial is not None and key in _trial.configs:
-        found = _trial.configs[key]
+    key, trial = shape.key(), _trial.get()
+    if trial is not None and key in trial.configs:
+        found = trial.configs[key]
     else:
         tuned = next(((t.configs[key], t.path) for t in tables(device) if key in t.configs), None)
         found = kernel.default_config(shape) if tuned is None else tuned[0]
@@ -194,20 +195,20 @@ def config(device: Identity, kernel: Any, shape: Any) -> dict[str, int]:
             allowed = kernel.allowed(shape)
             if found.keys() != allowed.keys() or any(found[name] not in allowed[name] for name in allowed):
                 raise _malformed(tuned[1], f"at configs of {key!r} one of {allowed}; got {found}")
-    if _trial is not None:
-        _trial.asked[key] = kernel, shape, found
+    if trial is not None:
+        trial.asked[key] = kernel, shape, found
     return found
 
 
 @contextlib.contextmanager
 def trying(configs: dict[str, dict[str, int]]) -> Iterator[Trial]:
-    """Inside, kernels are launched with these configurations; for the process as a whole, so one at a time."""
-    global _trial
-    before, _trial = _trial, Trial(configs)
+    """Inside, this thread launches kernels with these configurations."""
+    trial = Trial(configs)
+    token = _trial.set(trial)
     try:
-        yield _trial
+        yield trial
     finally:
-        _trial = before
+        _trial.reset(token)
 
 
 def summary(device: Identity) -> str:

@@ -113,11 +113,7 @@ def tune(
     clock = cuda_clock(device) if clock is None else clock
     identity = _triton.identity(device)
     path = _tables.users(identity) if path is None else path
-    before = _tables.read(path)
-    table = Table(path, identity.name, dict(_tables.versions()))
-    if before is not None and _tables.stale(before) is None:
-        table.times.update(before.times)
-        table.configs.update(before.configs)
+    known = set() if again else set(_saved(path).times)
     if not path.is_absolute():
         raise OSError(
             "tune: no place to remember what is measured: the user has no home; set XDG_CACHE_HOME to a folder"
@@ -127,13 +123,22 @@ def tune(
     show = (progress.draw if bar else lambda share, words: None) if show is None else show
     try:
         with torch.no_grad():
-            found = _Tuner(run, table, seconds, again, clock, now, show).tune()
+            tuner = _Tuner(run, Found(path), known, seconds, clock, now, show)
+            found = tuner.tune()
     finally:
         if bar:
             progress.clear()
     if found.measured:
-        _tables.write(table)
+        before = _saved(path)  # again: another process may have written it meanwhile
+        times, configs = before.times | tuner.times, before.configs | tuner.configs
+        _tables.write(Table(path, identity.name, _tables.versions(), times, configs))
     return found
+
+
+def _saved(path: Path) -> Table:
+    """The table in a file, empty if there is none or it was measured with other versions."""
+    found = _tables.read(path)
+    return Table(path, "", {}) if found is None or _tables.stale(found) else found
 
 
 @dataclass
@@ -147,11 +152,12 @@ class _Case:
 
 class _Tuner:
     def __init__(
-        self, run: Run, table: Table, seconds: float, again: bool, clock: Clock, now: Callable[[], float], show: Show
-    ) -> None:
-        self.run, self.table, self.again, self.clock, self.now, self.show = run, table, again, clock, now, show
+        self, run: Run, found: Found, known: set[str], seconds: float, clock: Clock, now: Callable[[], float],
+        show: Show,
+    ) -> None:  # fmt: skip
+        self.run, self.found, self.known, self.clock, self.now, self.show = run, found, known, clock, now, show
         self.start, self.seconds = now(), seconds
-        self.found = Found(table.path)
+        self.times: dict[str, dict[str, float]] = {}
         self.configs: dict[str, dict[str, int]] = {}  # that were found better
         self.searched: set[str] = set()  # keys of shapes
 
@@ -162,7 +168,7 @@ class _Tuner:
             cases.setdefault(key, _Case(op.name)).count += 1
 
         self._visit(count)
-        todo = {k: case for k, case in cases.items() if self.again or k not in self.table.times}
+        todo = {k: case for k, case in cases.items() if k not in self.known}
         if not todo:
             return self.found
         left = dict(todo)
@@ -173,13 +179,13 @@ class _Tuner:
                 row = self._backends(op, args)
                 if row:
                     todo[key].weight = todo[key].count * min(row.values())
-                    self.table.times[key] = row
+                    self.times[key] = row
                     self.found.measured += 1
                 del left[key]
 
         self._visit(backends)
         self.found.left = len(left)
-        left = {k: case for k, case in todo.items() if k not in left and "triton" in self.table.times.get(k, {})}
+        left = {k: case for k, case in todo.items() if k not in left and "triton" in self.times.get(k, {})}
 
         def launches(key: str, op: Op, args: tuple[Any, ...]) -> None:
             if key in left and not self._late():
@@ -190,7 +196,6 @@ class _Tuner:
 
         if left and not self._late():
             self._visit(launches)
-        self.table.configs.update(self.configs)
         self.found.improved = len(self.configs)
         return self.found
 
@@ -252,9 +257,9 @@ class _Tuner:
             judge = _Judge(op, args) if judge is None else judge
             with _tables.trying(self.configs):
                 if self._right(f"{op.name} by triton as tuned", judge, run):
-                    self.table.times[key] |= {n: 1e6 * t for n, t in self._race({"triton": run}).items()}
+                    self.times[key] |= {n: 1e6 * t for n, t in self._race({"triton": run}).items()}
                 else:
-                    del self.table.times[key]["triton"]
+                    del self.times[key]["triton"]
 
     def _neighbour(
         self, who: str, name: str, values: dict[str, tuple[int, ...]], best: dict[str, int], least: float,

@@ -275,9 +275,9 @@ def _conv_kernel(
 
     image = out_pitch[0] >> 1
     pitch = out_pitch[1] >> 1
+    position = (cell // FOLD * pitch + cell % FOLD) * out_step  # in the cell
     at = out + n * image * out_step + _at((oy * pitch + ox) * FOLD * out_step, ALONG_P)
-    inner = (cell // FOLD * pitch + cell % FOLD) * out_step
-    at += _at(inner + channel, ALONG_C)
+    at += _at(position + channel, ALONG_C)
     result = y.to(out.dtype.element_ty)
     tl.store(at, result, mask=ok)
 
@@ -305,8 +305,9 @@ class Shape:
 
     dtype: "bfloat16", "float16" or "float32"; precision: "tf32" or "ieee", of float32 products. taps: J * J. inputs:
     the channels of each input, of one group; rows: of the weights that one program's column of the grid takes: output
-    channels of one group, and of one position of a cell unless those are computed together.
-    prologue: whether values change between loading and multiplying. sums: whether the sums of what is stored are made.
+    channels of one group, and of one position of a cell unless those are stored together. prologue: whether values
+    change between loading and multiplying. sums: whether the sums of what is stored are made. scattered: whether a
+    program stores all positions of its cells, each value at an address of its own.
     """
 
     dtype: str
@@ -316,12 +317,13 @@ class Shape:
     rows: int
     prologue: bool = False
     sums: bool = False
+    scattered: bool = False
 
     def key(self) -> str:
         """The name under which a tuned configuration is kept."""
         precise = self.precision if self.dtype == "float32" else ""
         inputs = "+".join(map(str, self.inputs))
-        extra = " pre" * self.prologue + " sums" * self.sums
+        extra = " pre" * self.prologue + " sums" * self.sums + " scattered" * self.scattered
         return f"conv {self.dtype}{precise} taps{self.taps} {inputs}-{self.rows}{extra}"
 
 
@@ -337,7 +339,7 @@ def default_config(shape: Shape) -> dict[str, int]:
     exact = shape.dtype == "float32"
     bc = min(64, max(16, power_of_two(shape.rows)))
     config = {"BP": 128, "BC": bc, "BK": min(bk, 32) if exact else bk, "WEIGHTS_FIRST": int(bc == 64),
-              "num_warps": 8 if shape.prologue or shape.sums else 4,
+              "num_warps": 8 if shape.prologue or shape.sums or shape.scattered else 4,
               "num_stages": 4 if bc == 32 and not exact else 3}  # fmt: skip
     if exact and shape.precision == "ieee":
         config |= {"BP": 64, "WEIGHTS_FIRST": 0}
@@ -480,7 +482,7 @@ def prepare(
     rows = cout // (groups * spread)
     prologue = pre_scale is not None or pre_shift is not None or pre_relu
     shape = Shape(str(out.dtype).removeprefix("torch."), precision, taps * taps, channels, rows, prologue,
-                  sums is not None)  # fmt: skip
+                  sums is not None, together)  # fmt: skip
     config = dict(configure(shape))
     warps = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     blocks = [ceil_div(c, config["BK"]) for c in channels]
