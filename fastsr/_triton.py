@@ -164,17 +164,21 @@ def _gpu(device: torch.device) -> Identity:
 def choice_key(op: Op, args: Sequence[Any]) -> str:
     """The name under which measured times are kept: operator, dtype, whether the map is small (at most 2^17 pixels in
     all) or large, its layout, channels of the images, shapes of the parameters, scalars; not the size of the image."""
-    tensors = _tensors(args)
-    first = tensors[0]
+    first = _tensors(args)[0]
     images = list(op.recipe_of(*args).inputs.values()) if op.recipe_of is not None else [first]
-    shapes = [f"c{t.shape[1]}" if any(t is image for image in images) else "x".join(map(str, t.shape)) for t in tensors]
-    scalars = [str(a) for a in args if isinstance(a, (bool, int, float, str))]
-    if op.name == "resize_bicubic":
-        scalars = scalars[2:]  # without height and width
+
+    def word(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"c{value.shape[1]}" if any(value is t for t in images) else "x".join(map(str, value.shape))
+        if isinstance(value, (list, tuple)):
+            return "+".join(map(word, value)) or "-"
+        return "-" if value is None else str(value)
+
+    args = (first, *args[3:]) if op.name == "resize_bicubic" else args  # without height and width
     dtype = str(first.dtype).removeprefix("torch.") + (f" {precision(first)}" if first.dtype == torch.float32 else "")
     size = "small" if first.shape[0] * first.shape[2] * first.shape[3] <= 2**17 else "large"
     layout = "channels_last" if first.shape[1] == 1 or first.stride(1) == 1 else "strided"
-    return " ".join([op.name, dtype, size, layout, *shapes, *scalars])
+    return " ".join([op.name, dtype, size, layout, *map(word, args)])
 
 
 def measured(op: Op, args: Sequence[Any]) -> tuple[dict[str, float], Path] | None:
