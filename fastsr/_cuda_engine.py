@@ -11,8 +11,8 @@ and `_cuda_forms` says how.
   not change.
 * With `Recipe.float8` products are of e4m3, on Hopper alone: the input is rounded first, inner maps are stored in eight
   bits by the convolutions that make them.
-* `advice` keeps every call from this backend that no committed measurement says it is faster for; `fastsr.use("cuda")`
-  reaches it always.
+* `advice` keeps every call from this backend that no measurement says it is faster for; `fastsr.use("cuda")` reaches it
+  always.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ from fastsr._cuda_forms import (
     suits_sm90,
     tile_order,
 )
-from fastsr._triton import architecture, choice_key, tuned
+from fastsr._triton import measured
 from fastsr.op import Op, _replace, _tensors, describe
+from fastsr.ops.linear_tail import linear_tail, merged_recipe, unmergeable
 from fastsr.recipes import Recipe, View
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1}
@@ -172,13 +173,19 @@ def unsuitable(op: Op[..., Any], args: Sequence[Any], device: Device) -> str | N
 
 
 def advice(op: Op[..., Any], *args: Any) -> str | None:
-    """Why another backend is preferred: none of ours is ahead without a committed measurement."""
+    """Why another backend is preferred: none of ours is ahead without a measurement."""
     if op.recipe_of is not None and _recipe(op, args).float8:
         return None  # nothing else has such products
-    arch = architecture(_tensors(args)[0].device)
-    if tuned(arch).get("choices", {}).get(choice_key(op, args)) == "cuda":
+    found = measured(op, args)
+    if found is None:
+        return 'nothing measured has it ahead of Triton (fastsr.use("cuda") takes it)'
+    times, path = found
+    if "cuda" not in times:
+        return f"not measured, or failed, or gave a wrong result ({path})"
+    fastest = min(times, key=lambda name: times[name])
+    if fastest == "cuda":
         return None
-    return f'no committed measurement on {arch} has it ahead of Triton (fastsr.use("cuda") takes it)'
+    return f"measured: {times['cuda']:.1f} us, {fastest} {times[fastest]:.1f} us ({path})"
 
 
 def float8_missing(device: torch.device) -> str | None:
@@ -262,7 +269,20 @@ class Runner:
 
 def _recipe(op: Op[..., Any], args: Sequence[Any]) -> Recipe:
     assert op.recipe_of is not None
-    return op.recipe_of(*args)
+    recipe = op.recipe_of(*args)
+    if op is linear_tail and unmergeable(*args[:2]) is None:
+        shadows = [torch.empty_like(t, device="meta") for t in _tensors(args)]
+        merged = merged_recipe(*_replace(args, shadows))
+        if _products(merged) < _products(recipe):
+            return merged_recipe(*args, dtype=args[0].dtype)
+    return recipe
+
+
+def _products(recipe: Recipe) -> int:
+    """How many multiplications the convolutions of a recipe without strides take for an image."""
+    shapes = recipe.workspace | {name: tuple(t.shape) for name, t in recipe.inputs.items()}
+    convolutions = (step for step in recipe.steps if isinstance(step, recipes.Conv))
+    return sum(math.prod((s.weight.numel(), *s.sources[0].size(shapes[s.sources[0].buffer]))) for s in convolutions)
 
 
 def _dense(t: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ from torch.nn.modules import module as hooks_of_all
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 from fastsr import packing
-from fastsr.op import _PLAIN, _calls, _forced, _switches, describe
+from fastsr.op import _PLAIN, _forced, _switches, _watcher, describe
 
 GRAPHS = 8  # captured kinds of calls of one module
 KNOWN = 64  # kinds of calls of one module that are remembered at all
@@ -337,7 +337,7 @@ class Graphs:
             return "a module is in training mode"
         if any(watch.hooks) or hooks_of_all._global_forward_hooks or hooks_of_all._global_forward_pre_hooks:
             return "submodules have hooks, which a replay would not call"
-        if _calls.get() is not None or _get_current_dispatch_mode() is not None or torch.jit.is_tracing():
+        if _watcher.get() is not None or _get_current_dispatch_mode() is not None or torch.jit.is_tracing():
             return "the call is explained, traced, or under a dispatch mode"
         if peek_interpreter_stack() is not None:
             return "the call is under a transform of torch.func"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsr import _cuda_engine, packing
+from fastsr import tune as tuning
 from fastsr.graphs import attach
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -26,6 +27,7 @@ class Door:
         self.dtype: torch.dtype | None = None  # of a module without parameters
         self.products = "float32"
         self.keep_weights = True
+        self.tune = False
         self.released = False
         self.owner: weakref.ref[nn.Module] | None = None
 
@@ -56,7 +58,11 @@ class Door:
         first = next(_floating((args, kwargs)), None)
         _given.dtypes = (None if first is None else first.dtype, getattr(_given, "dtypes", None))
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), self.dtype)
-        return _cast(args, dtype), _cast(kwargs, dtype)
+        args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
+        if self.tune and first is not None and not torch.compiler.is_compiling():
+            tuning.tune(lambda: module.forward(*args, **kwargs), first.device, again=False)
+            self.tune = False
+        return args, kwargs
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
         """The forward hook, called after exceptions too."""
@@ -88,7 +94,12 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
 
 
 def optimize(
-    model: Module, *, dtype: torch.dtype | None = None, keep_weights: bool = True, graphs: bool = True
+    model: Module,
+    *,
+    dtype: torch.dtype | None = None,
+    keep_weights: bool = True,
+    graphs: bool = True,
+    tune: bool = False,
 ) -> Module:
     """A new frozen module for inference: same class, same call, same parameter names; the argument is untouched.
 
@@ -116,6 +127,11 @@ def optimize(
     rules, and `fastsr.graphs.report` says what became of each kind of call. graphs=False is for a module whose forward
     keeps something between calls, or to save the memory that graphs hold.
 
+    tune=True measures on a GPU, during the first call and with what it is given, which kernels are fastest here, eager
+    ones among them; calls of other image sizes use what was found. It takes a minute, shown by a bar where stderr is a
+    terminal, and is remembered in the user's cache directory, so that a later program has nothing left to measure (see
+    `fastsr.tune`). Raises ValueError for a model on a CPU, whose kernels need no tuning.
+
     Raises TypeError for anything but a module or a floating dtype, ValueError where torch.float8_e4m3fn is not for the
     network or its device.
     """
@@ -123,6 +139,8 @@ def optimize(
         raise TypeError(f"optimize: expected model to be a torch.nn.Module; got {type(model).__name__}")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"optimize: expected dtype to be a floating-point dtype; got {dtype}")
+    if tune and any(p.device.type == "cpu" for p in model.parameters()):
+        raise ValueError("optimize: tune=True measures kernels of a GPU; got a model on the CPU: move it, or omit tune")
     float8 = dtype == torch.float8_e4m3fn
     if float8:
         _check_float8(model)
@@ -147,6 +165,7 @@ def optimize(
     door.dtype = torch.float32 if mode else dtype
     door.products = "bfloat16" if mode else "float32"
     door.keep_weights = keep_weights
+    door.tune = tune
     door.freeze(frozen)
     attach(frozen, graphs)
     return frozen

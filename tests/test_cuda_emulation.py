@@ -20,6 +20,7 @@ from fastsr import _cuda_engine, _cuda_forms
 from fastsr._cuda_forms import SM80, SM90, Geometry, lower
 from fastsr.op import OPS, _replace, _tensors
 from fastsr.ops.conv_act import _defaults, conv_act
+from fastsr.recipes import Conv
 
 pytestmark = pytest.mark.emu
 
@@ -55,6 +56,23 @@ def test_operators(name, arch):
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_convolutions(case, arch):
     compare(conv_act, convolution(case, make), CAPABILITIES[arch])
+
+
+@pytest.mark.parametrize("arch", CAPABILITIES)
+@pytest.mark.parametrize(("factors", "height", "width"), [([2], 16, 20), ([3], 17, 12), ([2, 2], 9, 12)])
+def test_linear_tails_are_one_convolution_and_its_frame(factors, height, width, arch):
+    """Layer by layer maps of all features would be made in the size of the result; at the borders paddings show."""
+    shapes = [(16 * r * r, 16, 3, 3) for r in factors] + [(3, 16, 3, 3)]
+    weights, biases = [make(*s) for s in shapes], [make(s[0]) for s in shapes]
+    args = OPS["linear_tail"]._bind((make(1, 16, height, width), weights, biases))
+    runner = _cuda_engine.Runner(OPS["linear_tail"], *args, device=Emulated(CAPABILITIES[arch]))
+    convolutions = [s for s in runner.builder.recipe.steps if isinstance(s, Conv)]
+    assert len(convolutions) == 9 and all(c.weight.shape[-1] == 5 for c in convolutions)
+    made = compare(OPS["linear_tail"], args, CAPABILITIES[arch])
+    exact = OPS["linear_tail"].eager(*_replace(args, [t.double() for t in _tensors(args)]))
+    error, scale = (made.double() - exact).abs(), exact.square().mean().sqrt()
+    for border in (error[:, :, :4], error[:, :, -4:], error[..., :4], error[..., -4:]):
+        assert border.max() < 0.03 * scale
 
 
 @pytest.mark.parametrize("arch", CAPABILITIES)
