@@ -1,6 +1,8 @@
 # make upscale   .venv, install, enlarge the bundled photograph x2 by the weights that come with fastsr; fetches no file
 #                but Python packages
 # make test      the same .venv, with what the tests need; ARGS="-k set5" is passed to pytest
+# make test-triton36   the tests that run or compile Triton kernels once more with triton 3.6, which torch 2.11 comes
+#                with; everything else is that of .venv
 #
 # PYTHON   the Python to build .venv from (3.10 to 3.13)
 # TORCH    what to install where that Python has no torch of its own; an unpinned torch may fetch gigabytes of CUDA
@@ -10,13 +12,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: upscale test clean
+.PHONY: upscale test test-triton36 clean
 
 upscale: $(VENV)/installed
 	$(BIN)/fastsr upscale docs/images/astronaut.png -o out/ --scale 2
 
 test: $(VENV)/tested
 	$(BIN)/python -m pytest $(ARGS)
+
+test-triton36: $(VENV)/triton36/installed
+	$(VENV)/triton36/bin/python -m pytest -m 'interp or aot' $(ARGS)
 
 clean:
 	rm -rf $(VENV) build out *.egg-info fastsr/_C.so fastsr/_cuda.so
@@ -48,4 +53,13 @@ $(VENV)/installed: $(VENV)/torch setup.py pyproject.toml $(shell find csrc -type
 $(VENV)/tested: $(VENV)/installed
 	FASTSR_BUILD=0 $(INSTALL) -e '.[test]'
 	$(BIN)/pip install --no-deps 'spandrel==0.4.*'
+	touch $@
+
+# A second environment, whose own packages go before those of .venv, which it looks through to.
+$(VENV)/triton36/installed: $(VENV)/tested
+	rm -rf $(VENV)/triton36
+	$(PYTHON) -m venv --system-site-packages $(VENV)/triton36
+	echo "import site; site.addsitedir('$$($(BIN)/python -c '$(SITE)')')" \
+		> "$$($(VENV)/triton36/bin/python -c '$(SITE)')/outer.pth"
+	$(VENV)/triton36/bin/python -m pip install --no-deps --ignore-installed 'triton==3.6.*'
 	touch $@

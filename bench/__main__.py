@@ -1,18 +1,28 @@
-"""`python -m bench report` draws what was measured; `python -m bench compare --base REV` measures against a commit."""
+"""`python -m bench report` draws what was measured; `compare --base REV` measures against a commit; `tune` measures
+which kernels are fastest on this GPU, and writes the table of its architecture, to be committed."""
 
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+import fastsr
 from bench import results, timing
 from bench.compare import compare, resolve
 from bench.goals import verdicts
-from bench.networks import CASES, ROOT
+from bench.networks import CASES, ROOT, build, inputs_of
 from bench.peers import OURS
 from bench.report import write
+from fastsr import _tables, _triton
+from fastsr import tune as tuning
+
+TUNED_SIZES = (128, 512)  # maps of each class of `choice_key`
+TUNED_DTYPES = ("bfloat16", "float16", "float32")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -32,6 +42,13 @@ def parser() -> argparse.ArgumentParser:
     )
     change.add_argument("-p", "--peer", action="append", choices=[p.name for p in OURS], help="default: fastsr-f32")
     change.add_argument("--seconds", type=float, default=20.0, help="for each network, size and peer; default: 20")
+    tuning = commands.add_parser("tune", help="write fastsr/tuned/<arch>.json: which kernels are fastest on this GPU")
+    tuning.add_argument("-n", "--network", action="append", choices=CASES, help="several are possible; default: all")
+    tuning.add_argument(
+        "-s", "--size", action="append", type=int, help="of the small image; default: small and large maps"
+    )
+    tuning.add_argument("-d", "--dtype", action="append", choices=TUNED_DTYPES, help="default: all")
+    tuning.add_argument("--seconds", type=float, default=120.0, help="for each network, size and dtype; default: 120")
     return top
 
 
@@ -66,11 +83,29 @@ def change(args: argparse.Namespace) -> None:
               f"{c.speedup:8.2f}x   {low:.2f} to {high:.2f}", flush=True)  # fmt: skip
 
 
+def tune(args: argparse.Namespace) -> None:
+    """Adds to the committed table what is not in it yet; prints a line for each network, size and dtype."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("expected a CUDA device, whose kernels are measured; there is none")
+    device = torch.device("cuda", torch.cuda.current_device())
+    path = _tables.committed(_triton.identity(device).arch)
+    for name in args.network or CASES:
+        for dtype in args.dtype or TUNED_DTYPES:
+            network = build(CASES[name]).to(device)
+            network.network = fastsr.optimize(network.network, dtype=getattr(torch, dtype))
+            for size in args.size or TUNED_SIZES:
+                inputs = [x.to(device) for x in inputs_of(network, size)]
+                run = functools.partial(network, *inputs)
+                found = tuning.tune(run, device, seconds=args.seconds, again=False, path=path)
+                lines = f"{name:12} {size:5} {dtype:9} {found}", *(f"  not kept: {why}" for why in found.rejected)
+                print(*lines, sep="\n", flush=True)
+
+
 def main() -> int:
     """Runs a command; a ValueError, FileNotFoundError or RuntimeError is a message on stderr and the status 1."""
     args = parser().parse_args()
     try:
-        {"report": report, "compare": change}[args.command](args)
+        {"report": report, "compare": change, "tune": tune}[args.command](args)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"python -m bench {args.command}: {error}", file=sys.stderr)
         return 1

@@ -26,6 +26,7 @@ COLOURS = {
     "fastsr-module": "#f2a65a",
     "fastsr-f32": "#d1495b",
     "fastsr-bf16": "#7a1f3d",
+    "fastsr-e4m3": "#3c0d1f",
 }
 """The two dtypes of one engine share a colour where they never stand in one chart."""
 

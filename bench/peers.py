@@ -267,7 +267,10 @@ def module(subject: Subject) -> Call:
 def optimized(dtype: torch.dtype, subject: Subject) -> Call:
     """A network that `fastsr.optimize` made, fed the contiguous float32 image."""
     fast = copy.copy(subject.module)
-    network = fastsr.optimize(subject.module.network, dtype=dtype)
+    try:
+        network = fastsr.optimize(subject.module.network, dtype=dtype)
+    except ValueError as error:  # e4m3 is for some networks and devices
+        raise Absent(str(error)) from error
     fast._modules = {**subject.module._modules, "network": network}
     return Call(fast, subject.inputs)
 
@@ -315,6 +318,7 @@ OURS = (
     Peer("fastsr-module", "f32", module, ours=True),
     Peer("fastsr-f32", "f32", functools.partial(optimized, torch.float32), ours=True),
     Peer("fastsr-bf16", "bf16", functools.partial(optimized, torch.bfloat16), ours=True),
+    Peer("fastsr-e4m3", "bf16", functools.partial(optimized, torch.float8_e4m3fn), ours=True),
 )
 KERNELS = tuple(
     Peer(f"fastsr-{name}-{dtype}", dtype, functools.partial(backend, name, torch_dtype), ours=True)

@@ -88,8 +88,9 @@ class _Recorder(TorchDispatchMode):
 
 def layers(module: nn.Module, inputs: tuple[Tensor, ...]) -> list[Layer]:
     """The convolutions of one call, found without computing anything."""
-    shadow = copy.deepcopy(module).to("meta")
-    with torch.no_grad(), PlainOperators(), _Recorder() as recorder:
+    # In inference mode a convolution does not come apart into the operator that is recorded.
+    with torch.inference_mode(False), torch.no_grad(), PlainOperators(), _Recorder() as recorder:
+        shadow = copy.deepcopy(module).to("meta")
         shadow(*(x.to("meta") for x in inputs))
     return recorder.layers
 

@@ -428,6 +428,8 @@ class Builder:
         tensors = [_shadow(t) for t in _tensors(args)]  # no two the same, whatever was given
         shadows = _replace(args, tensors)
         self.recipe = recipe = _recipe(op, shadows, mode.any_size)
+        if recipe.float8:
+            raise Unsuitable("float8 products (they need a GPU of compute capability 9.0)")
         self.type = TYPES[tensors[0].dtype]
         self.able = _library.isa() == "avx512_bf16"
         self.bf16 = self.type == BF16 or (mode.products != "float32" and self.able)

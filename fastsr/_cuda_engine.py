@@ -9,8 +9,10 @@ and `_cuda_forms` says how.
   another is copied.
 * Products of bfloat16 or float16, sums in float32. Sums over a map have a fixed order, which the rest of the batch does
   not change.
-* `advice` keeps every call from this backend that no committed measurement says it is faster for; `fastsr.use("cuda")`
-  reaches it always.
+* With `Recipe.float8` products are of e4m3, on Hopper alone: the input is rounded first, inner maps are stored in eight
+  bits by the convolutions that make them.
+* `advice` keeps every call from this backend that no measurement says it is faster for; `fastsr.use("cuda")` reaches it
+  always.
 """
 
 from __future__ import annotations
@@ -20,14 +22,14 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from ctypes import c_float, c_int32, c_int64
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastsr import packing, recipes
+from fastsr import _float8, packing, recipes
 from fastsr._cpu import offsets
 from fastsr._cuda_forms import (
     LAST,
@@ -42,15 +44,18 @@ from fastsr._cuda_forms import (
     suits_sm90,
     tile_order,
 )
-from fastsr._triton import architecture, choice_key, tuned
+from fastsr._triton import measured
 from fastsr.op import Op, _replace, _tensors, describe
+from fastsr.ops.linear_tail import linear_tail, merged_recipe, unmergeable
 from fastsr.recipes import Recipe, View
 
 TYPES = {torch.bfloat16: 0, torch.float16: 1}
 ACTS = {"relu": 0, "leaky": 1, "none": 1, "prelu": 2}
-CONV, GATE, SCALE, RESIDUAL_E = range(4)  # kinds of steps
+CONV, GATE, SCALE, RESIDUAL_E, FLOAT8 = range(5)  # kinds of steps
 SLICES, VECTORS, MAX_GATE = 32, 5, 256  # csrc/cuda/gate.h
-MINIMUM_CAPABILITY = (8, 0)
+RANGE_SLICES = 128  # csrc/cuda/float8.h
+MINIMUM_CAPABILITY, FLOAT8_CAPABILITY = (8, 0), (9, 0)
+NO_SM90 = "fastsr/_cuda.so was built without 90a (FASTSR_CUDA_ARCHS)"
 ALIGNMENT = 256
 SMALLEST_TILE = (8, 8)  # bounds the number of channel sums that a map's tiles leave
 
@@ -83,11 +88,11 @@ class ConvParams(ctypes.Structure):
         ("source", Map * MAX_SOURCES),
         ("out", Map),
         ("skip", Map * 2),
-        *_fields(Map, "factor term outer scale packed table partial"),
+        *_fields(Map, "factor term outer scale packed table partial range"),
         *_fields(c_int32, "type arch n grid_h grid_w in_h in_w step_in out_h out_w step_out row_pitch"),
         *_fields(c_int32, "halo_y halo_x halo_more halo_w blocks rows chunks taps_most steps tiles block_tiles"),
         *_fields(c_int32, "channels skip_split act post_relu has_pre pre_relu pre_count has_bias scale_is_float"),
-        *_fields(c_int32, "vector_in vector_out"),
+        *_fields(c_int32, "float8_out vector_in vector_out"),
         *_fields(c_float, "slope gain skip_gain outer_gain"),
     ]
 
@@ -111,6 +116,12 @@ class ResidualEParams(ctypes.Structure):
     """CARN-M's residual-E unit in one launch."""
 
     _fields_ = [*_fields(Map, "x out packed"), *_fields(c_int32, "type n h w")]
+
+
+class Float8Params(ctypes.Structure):
+    """A map rounded to e4m3."""
+
+    _fields_ = [*_fields(Map, "x out largest range"), *_fields(c_int32, "n h w channels")]
 
 
 # A backend's questions.
@@ -162,11 +173,29 @@ def unsuitable(op: Op[..., Any], args: Sequence[Any], device: Device) -> str | N
 
 
 def advice(op: Op[..., Any], *args: Any) -> str | None:
-    """Why another backend is preferred: none of ours is ahead without a committed measurement."""
-    arch = architecture(_tensors(args)[0].device)
-    if tuned(arch).get("choices", {}).get(choice_key(op, args)) == "cuda":
+    """Why another backend is preferred: none of ours is ahead without a measurement."""
+    if op.recipe_of is not None and _recipe(op, args).float8:
+        return None  # nothing else has such products
+    found = measured(op, args)
+    if found is None:
+        return 'nothing measured has it ahead of Triton (fastsr.use("cuda") takes it)'
+    times, path = found
+    if "cuda" not in times:
+        return f"not measured, or failed, or gave a wrong result ({path})"
+    fastest = min(times, key=lambda name: times[name])
+    if fastest == "cuda":
         return None
-    return f'no committed measurement on {arch} has it ahead of Triton (fastsr.use("cuda") takes it)'
+    return f"measured: {times['cuda']:.1f} us, {fastest} {times[fastest]:.1f} us ({path})"
+
+
+def float8_missing(device: torch.device) -> str | None:
+    """Why a device has no e4m3 products, or None."""
+    if device.type != "cuda":
+        return f"{device} is no CUDA device"
+    capability = torch.cuda.get_device_capability(device)
+    if capability != FLOAT8_CAPABILITY:
+        return f"{device} has compute capability {capability[0]}.{capability[1]} (needs 9.0)"
+    return missing() or (None if torch.ops.fastsr_cuda.has_sm90() else NO_SM90)
 
 
 # Devices.
@@ -184,11 +213,15 @@ class Device:
     def run(self, tensors: list[Tensor], program: Tensor) -> None:
         raise NotImplementedError
 
+    def has_sm90(self) -> bool:
+        """Whether what it runs was compiled with Hopper's kernels."""
+        return True
+
     def main_loop(self, g: Geometry) -> int:
         """LAST or SM90 where their kernels are for the convolution, else SM80."""
         if suits_last(g):
             return LAST
-        return SM90 if self.capability == (9, 0) and suits_sm90(g) else SM80
+        return SM90 if self.capability == (9, 0) and self.has_sm90() and suits_sm90(g) else SM80
 
 
 class Gpu(Device):
@@ -202,9 +235,8 @@ class Gpu(Device):
     def run(self, tensors: list[Tensor], program: Tensor) -> None:
         torch.ops.fastsr_cuda.run(tensors, program, self.multiprocessors)
 
-    def main_loop(self, g: Geometry) -> int:
-        chosen = super().main_loop(g)
-        return SM80 if chosen == SM90 and not torch.ops.fastsr_cuda.has_sm90() else chosen
+    def has_sm90(self) -> bool:
+        return torch.ops.fastsr_cuda.has_sm90()
 
 
 # Running.
@@ -237,7 +269,20 @@ class Runner:
 
 def _recipe(op: Op[..., Any], args: Sequence[Any]) -> Recipe:
     assert op.recipe_of is not None
-    return op.recipe_of(*args)
+    recipe = op.recipe_of(*args)
+    if op is linear_tail and unmergeable(*args[:2]) is None:
+        shadows = [torch.empty_like(t, device="meta") for t in _tensors(args)]
+        merged = merged_recipe(*_replace(args, shadows))
+        if _products(merged) < _products(recipe):
+            return merged_recipe(*args, dtype=args[0].dtype)
+    return recipe
+
+
+def _products(recipe: Recipe) -> int:
+    """How many multiplications the convolutions of a recipe without strides take for an image."""
+    shapes = recipe.workspace | {name: tuple(t.shape) for name, t in recipe.inputs.items()}
+    convolutions = (step for step in recipe.steps if isinstance(step, recipes.Conv))
+    return sum(math.prod((s.weight.numel(), *s.sources[0].size(shapes[s.sources[0].buffer]))) for s in convolutions)
 
 
 def _dense(t: Tensor) -> Tensor:
@@ -268,8 +313,9 @@ def _has_pre(step: recipes.Conv) -> bool:
 # Packing.
 
 
-def _pack_conv(step: recipes.Conv, geometry: Geometry, arch: int, device: torch.device) -> list[Tensor]:
-    """The packed weights of a convolution, and its table."""
+def _pack_conv(step: recipes.Conv, geometry: Geometry, arch: int, float8: bool, device: torch.device) -> list[Tensor]:
+    """The packed weights of a convolution, and its table. With float8 the weights are pairs of e4m3 in 16 bits, and the
+    scales of the outputs stand in the place of slopes."""
     form, weight = lower(geometry, arch), step.weight
     if form.merge is not None:
         rows, columns = (torch.from_numpy(m).to(device) for m in form.merge)
@@ -281,6 +327,11 @@ def _pack_conv(step: recipes.Conv, geometry: Geometry, arch: int, device: torch.
         scale = weight.new_ones(inputs) if scale is None else scale
         shift = weight.new_zeros(inputs) if shift is None else shift
     parts = [step.bias, slope, scale, shift]
+    if float8:
+        by = _float8.scale(weight, (1, 2, 3), _float8.WEIGHTS)
+        eights = _float8.rounded(weight, by).view(torch.uint8).int()
+        weight = (eights[:, ::2] | eights[:, 1::2] << 8).to(torch.int16)
+        parts = [None if t is None else t.reshape(-1).view(torch.int16) for t in (step.bias, by, None, None)]
     flat = torch.cat([t.reshape(-1) for t in (weight, *parts) if t is not None] + [weight.new_zeros(1)])
     sizes = (weight.numel(), *(0 if t is None else t.numel() for t in parts))
     index, table = _on_device(geometry, arch, sizes, device)
@@ -316,6 +367,14 @@ def _pack_residual_e(steps: Sequence[recipes.Conv]) -> Tensor:
 
 
 # Programs.
+
+
+@dataclass(frozen=True)
+class Float8:
+    """An input rounded to e4m3: the step that this engine puts before those of a recipe with `float8`."""
+
+    source: View
+    store: View
 
 
 @dataclass
@@ -357,6 +416,9 @@ class Builder:
         self.aligned = tuple(given[i].device.type == "meta" or given[i].data_ptr() % 16 == 0 for i in self.images)
         self.out = op._allocate(replaced)
         self.out_in_place = _usable(self.out)
+        self.float8 = recipe.float8
+        if self.float8:
+            self._check_float8()
         self.fused = op.name == "residual_e" and self._fits_residual_e()
         self.forms = {i: self._form(s) for i, s in enumerate(recipe.steps) if isinstance(s, recipes.Conv)}
         for step in recipe.steps:
@@ -382,12 +444,28 @@ class Builder:
         if step.shuffle > 1 and (step.scale is not None or step.skip is not None or step.modulate is not None):
             raise Unsuitable("a shuffled store together with a scale, a skip or a modulation")
         kernel = (step.weight.shape[-2], step.weight.shape[-1])
-        widths = tuple(self._channels(v) for v in step.sources)
+        widths = tuple(self._channels(v) // (2 if self.float8 else 1) for v in step.sources)  # in pairs, see conv.h
         g = Geometry(
             widths, _outputs(step), kernel, step.stride, step.padding, step.groups, step.transposed, step.upsample,
             step.shuffle, step.shuffle_order, step.sums is not None,
         )  # fmt: skip
-        return g, lower(g, self.device.main_loop(g))
+        loop = self.device.main_loop(g)
+        if self.float8 and (loop != SM90 or any(self._channels(v) % 32 for v in step.sources)):
+            sizes = "+".join(str(self._channels(v)) for v in step.sources)
+            raise Unsuitable(f"float8 products of {sizes} -> {g.outputs} channels (needs multiples of 32)")
+        return g, lower(g, loop)
+
+    def _check_float8(self) -> None:
+        if self.device.capability != FLOAT8_CAPABILITY:
+            major, minor = self.device.capability
+            raise Unsuitable(f"float8 products on compute capability {major}.{minor} (needs 9.0)")
+        if not self.device.has_sm90():
+            raise Unsuitable(f"float8 products: {NO_SM90}")
+        if self.type != TYPES[torch.bfloat16]:
+            raise Unsuitable("float8 products in maps of float16 (needs bfloat16)")
+        x = next(iter(self.recipe.inputs.values()))
+        if self.in_place[0] and not (self.aligned[0] and _eights(x.stride(0), x.stride(2), x.stride(3))):
+            raise Unsuitable("float8 products of a map whose pixels are not 16-byte aligned")
 
     def _check_gate(self, step: recipes.Gate) -> None:
         channels, hidden = step.up_weight.shape[0], step.down_weight.shape[0]
@@ -415,7 +493,7 @@ class Builder:
         for i, step in enumerate(recipe.steps):
             if isinstance(step, recipes.Conv):
                 geometry, form = self.forms[i]
-                packed += _pack_conv(step, geometry, form.arch, device)
+                packed += _pack_conv(step, geometry, form.arch, self.float8, device)
             elif isinstance(step, recipes.Gate):
                 packed.append(torch.cat([t.reshape(-1) for t in _gate_parameters(step) if t is not None]))
         return packed
@@ -439,7 +517,8 @@ class Builder:
                 buffers[name] = given
             else:
                 pixel = shape[1] if t is not None else -(-shape[1] // 8) * 8
-                buffers[name] = Buffer(shape, slot, shape[2] * shape[3] * pixel, shape[3] * pixel, pixel)
+                width = 1 if self.float8 and t is None else 2
+                buffers[name] = Buffer(shape, slot, shape[2] * shape[3] * pixel, shape[3] * pixel, pixel, width=width)
         return buffers
 
     @property
@@ -481,12 +560,23 @@ class Builder:
             elif isinstance(step, recipes.Gate):
                 parts.append((GATE, self._gate(step, slot)))
                 slot += 1
+            elif isinstance(step, Float8):
+                parts.append((FLOAT8, self._rounding(step)))
             else:
                 parts.append((SCALE, self._scale(step)))
         return _bytes(*parts)
 
-    def _named_steps(self) -> Iterator[tuple[tuple[int, recipes.Step], list[str]]]:
+    def _named_steps(self) -> Iterator[tuple[tuple[int, recipes.Step | Float8], list[str]]]:
         """The steps that are launched, with their number, and the buffers each uses. Means are made with their gate."""
+        if self.float8:
+            first = next(iter(self.recipe.inputs))
+            shape = self._whole(first)
+            _, c, h, w = shape
+            rounded = self._rounded(View(first))
+            self.buffers[rounded.buffer] = Buffer(shape, self.workspace, h * w * c, w * c, c, width=1)
+            self._private("range", shape[:1], 4)
+            self._private("largest", (shape[0], RANGE_SLICES), 4)
+            yield (-1, Float8(View(first), rounded)), [first, rounded.buffer, "range", "largest"]
         for number, step in enumerate(self.recipe.steps):
             if isinstance(step, recipes.Mean):
                 self.means[step.store] = (step.source, False)
@@ -505,8 +595,10 @@ class Builder:
                     *([step.scale] if isinstance(step, recipes.Scale) else []),
                 ]
             else:
-                views = [*step.sources, step.store, *_skips(step), *(step.modulate or ()), step.outer]
+                sources = map(self._rounded, step.sources)
+                views = [*sources, step.store, *_skips(step), *(step.modulate or ()), step.outer]
                 names = [v.buffer for v in views if v is not None] + ([step.scale] if step.scale else [])
+                names += ["range"] if self.float8 else []
                 if step.sums is not None:
                     has_sums = self.forms[number][1].has_sums
                     self.means[step.sums] = (step.store, has_sums)
@@ -520,6 +612,11 @@ class Builder:
     def _shape(self, step: recipes.Conv) -> tuple[int, int, int, int]:
         whole = self._whole(step.store.buffer)
         return whole[0], self._channels(step.store), *step.store.size(whole)
+
+    def _rounded(self, view: View) -> View:
+        """What a convolution reads in the place of a view."""
+        rounded = self.float8 and view.buffer in self.recipe.inputs
+        return replace(view, buffer=f"{view.buffer} float8") if rounded else view
 
     # Structures.
 
@@ -552,7 +649,9 @@ class Builder:
         written = (step.store, *skips, factor, term, step.outer)
         split = self._channels(skips[0]) if skips else 0
         partial = f"{step.sums} partial"
-        sources = [self._map(v) for v in step.sources]
+        sources = [self._map(self._rounded(v)) for v in step.sources]
+        if self.float8:
+            sources = [Map(m.data, m.image // 2, m.row // 2, m.pixel // 2, m.slot) for m in sources]
         p = ConvParams()
         p.source[:] = sources + [NOWHERE] * (MAX_SOURCES - len(sources))
         p.out, p.factor, p.term, p.outer = (self._map(v) for v in (step.store, factor, term, step.outer))
@@ -560,6 +659,7 @@ class Builder:
         p.scale = self._table(step.scale)
         p.packed, p.table = _packed(slot), _packed(slot + 1)
         p.partial = self._table(partial if partial in self.buffers else None)
+        p.range = self._table("range" if self.float8 else None)
         p.type, p.n, p.in_h, p.in_w, p.out_h, p.out_w = self.type, n, in_h, in_w, out_h, out_w
         p.grid_h, p.grid_w = -(-out_h // (cell * form.row_pitch)), -(-out_w // cell)
         for name in FORM_FIELDS:
@@ -568,7 +668,8 @@ class Builder:
         p.act, p.post_relu, p.has_bias = ACTS[step.act], step.post_relu, step.bias is not None
         p.has_pre, p.pre_relu, p.pre_count = _has_pre(step), step.pre_relu, sum(geometry.widths)
         p.scale_is_float = step.scale is not None and self.buffers[step.scale].width == 4
-        p.vector_in = form.whole_inputs and self._vector(*step.sources)
+        p.float8_out = self.buffers[step.store.buffer].width == 1
+        p.vector_in = form.whole_inputs and self._vector(*map(self._rounded, step.sources))
         p.vector_out = form.whole_outputs and split % 8 == 0 and self._vector(*written)
         p.slope = step.slope if step.act == "leaky" else 1.0
         p.gain, p.skip_gain, p.outer_gain = step.gain, step.skip_gain, step.outer_gain
@@ -588,6 +689,11 @@ class Builder:
         p.type, p.features = self.type, self._channels(source)
         p.channels, p.hidden = step.up_weight.shape[0], step.down_weight.shape[0]
         return p
+
+    def _rounding(self, step: Float8) -> Float8Params:
+        maps = (self._map(step.source), self._map(step.store), self._table("largest"), self._table("range"))
+        n, channels, h, w = self._whole(step.source.buffer)
+        return Float8Params(*maps, n, h, w, channels)
 
     def _scale(self, step: recipes.Scale | recipes.Copy) -> ScaleParams:
         whole = self._whole(step.source.buffer)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -26,8 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsr import packing
+from fastsr import _tables, packing
+from fastsr._tables import Identity
 from fastsr.op import Op, _tensors
+from fastsr.ops.linear_tail import merge, shuffles_of, unmergeable
 from fastsr.ops.resize_bicubic import centred_taps, tf1_taps
 from fastsr.recipes import Conv, Copy, Gate, Mean, Recipe
 
@@ -94,7 +96,10 @@ def reason(op: Op, *args: Any) -> str | None:
         return None
     from fastsr.kernels.conv import refuses
 
-    for step in op.recipe_of(*args).steps:
+    recipe = op.recipe_of(*args)
+    if recipe.float8:
+        return "float8 products are made by the CUDA kernels alone"
+    for step in recipe.steps:
         if isinstance(step, Conv):
             why = refuses(step.weight, step.stride, step.groups, step.transposed, step.upsample, step.shuffle,
                           step.shuffle_order)  # fmt: skip
@@ -106,7 +111,7 @@ def reason(op: Op, *args: Any) -> str | None:
 def advice(op: Op, *args: Any) -> str | None:
     """Why another backend is expected to be faster for arguments that this one could compute; None if none is.
 
-    A measured choice (`choices` of the tuned table) decides first. The rule without one: fused kernels where they save
+    Measured times (`_tables`) decide first. The rule without them: fused kernels where they save
     a pass over memory or the library has no good kernel, which is every block, and every convolution with an
     activation, a sum, several inputs, groups, a prologue, upsampling, or a depth-to-space store; the library's
     convolution elsewhere.
@@ -115,9 +120,13 @@ def advice(op: Op, *args: Any) -> str | None:
         return "Triton's interpreter is for tests"
     tensors = _tensors(args)
     first = tensors[0]
-    chosen = tuned(architecture(first.device)).get("choices", {}).get(choice_key(op, args))
-    if chosen is not None:
-        return None if chosen == "triton" else f"measured on this architecture: {chosen} is faster"
+    found = measured(op, args)
+    if found is not None:
+        times, path = found
+        if "triton" not in times:
+            return f"failed, or gave a wrong result, when it was measured ({path})"
+        slower = times["triton"] > times["eager"]
+        return f"measured: {times['triton']:.1f} us, eager {times['eager']:.1f} us ({path})" if slower else None
     image = next(t for t in tensors if t.dim() == 4)
     if image.shape[1] > 4 and image.stride(1) != 1:
         return "channels are not side by side, and a copy costs more than is saved: use channels_last"
@@ -141,65 +150,61 @@ def precision(t: Tensor) -> str:
     return "tf32" if torch._C._get_fp32_precision_getter("cuda", "conv") == "tf32" else "ieee"
 
 
-# Tuned tables.
+# Measurements.
 
 
-def architecture(device: torch.device) -> str:
-    """ "sm90" for compute capability 9.0; the name of a tuned table. The interpreter's is "interpreter"."""
-    if interpreted():
-        return "interpreter"
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
+def identity(device: torch.device) -> Identity:
+    """A CUDA device as tables of measurements know it; the interpreter's is "interpreter"."""
+    return Identity("interpreter", "interpreter") if interpreted() else _gpu(device)
 
 
 @functools.cache
-def tuned(arch: str) -> dict[str, dict[str, Any]]:
-    """The table of an architecture: `configs`, launch configurations by the key of their shape, and `choices`, backends
-    by `choice_key`. It comes from measurements (`python -m bench tune`); without a file it is empty."""
-    path = Path(__file__).with_name("tuned") / f"{arch}.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
-
-
-def _numbers(a: Any) -> bool:
-    """True for a list of numbers."""
-    return isinstance(a, (list, tuple)) and len(a) > 0 and all(isinstance(v, (int, float)) for v in a)
+def _gpu(device: torch.device) -> Identity:
+    major, minor = torch.cuda.get_device_capability(device)
+    return Identity(torch.cuda.get_device_name(device), f"sm{major}{minor}")
 
 
 def choice_key(op: Op, args: Sequence[Any]) -> str:
-    """The name under which a measured choice is kept: operator, dtype, shapes of its weights, scalars, and whether the
-    map is small (at most 2^17 pixels in all) or large."""
-    tensors = _tensors(args)
-    image = tensors[0]
-    pixels = image.shape[0] * image.shape[2] * image.shape[3]
-    shapes = ["x".join(map(str, t.shape)) for t in tensors if t.shape[2:] != image.shape[2:]]
-    scalars = [str(a) for a in args if isinstance(a, (bool, int, float, str)) or _numbers(a)]
-    dtype = str(image.dtype).removeprefix("torch.")
-    return " ".join([op.name, dtype, "small" if pixels <= 2**17 else "large", *shapes, *scalars])
+    """The name under which measured times are kept: operator, dtype, whether the map is small (at most 2^17 pixels in
+    all) or large, its layout, channels of the images, shapes of the parameters, scalars; not the size of the image."""
+    first = _tensors(args)[0]
+    images = list(op.recipe_of(*args).inputs.values()) if op.recipe_of is not None else [first]
+
+    def word(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"c{value.shape[1]}" if any(value is t for t in images) else "x".join(map(str, value.shape))
+        if isinstance(value, (list, tuple)):
+            return "+".join(map(word, value)) or "-"
+        return "-" if value is None else str(value)
+
+    args = (first, *args[3:]) if op.name == "resize_bicubic" else args  # without height and width
+    dtype = str(first.dtype).removeprefix("torch.") + (f" {precision(first)}" if first.dtype == torch.float32 else "")
+    size = "small" if first.shape[0] * first.shape[2] * first.shape[3] <= 2**17 else "large"
+    layout = "channels_last" if first.shape[1] == 1 or first.stride(1) == 1 else "strided"
+    return " ".join([op.name, dtype, size, layout, *map(word, args)])
+
+
+def measured(op: Op, args: Sequence[Any]) -> tuple[dict[str, float], Path] | None:
+    """Microseconds of each backend for such arguments, and the file that says so; None if nothing does."""
+    return _tables.times(identity(_tensors(args)[0].device), choice_key(op, args))
 
 
 def summary() -> str:
-    """One line for people: whether Triton's kernels run here, and what decides between them and the library's."""
+    """One line for people: whether Triton's kernels run here."""
     why = missing()
     if why is not None:
         return why
-    if interpreted():
-        return f"interpreted on the CPU ({INTERPRETED}=1), for tests"
-    table = tuned(architecture(torch.device("cuda")))
-    if not table.get("choices"):
-        return "compiles at first use; nothing is measured for this device, so a rule chooses (fastsr._triton.advice)"
-    return (
-        f"compiles at first use; chosen by {len(table['choices'])} measurements, else by rule (fastsr._triton.advice)"
-    )
+    return f"interpreted on the CPU ({INTERPRETED}=1), for tests" if interpreted() else "compiles at first use"
 
 
 # Running.
 
 
 def run(op: Op, out: Tensor, *args: Any) -> None:
-    """Computes one operator call into `out`."""
-    if op.name == "resize_bicubic":
-        _resize(out, *args)
-    elif op.name != "residual_e" or not _residual_e(out, *args):
+    """Computes one operator call into `out`: by a kernel made for the operator where there is one and it can, else step
+    by step."""
+    special = {"resize_bicubic": _resize, "residual_e": _residual_e, "linear_tail": _linear_tail}.get(op.name)
+    if special is None or not special(out, *args):
         assert op.recipe_of is not None
         run_recipe(op.recipe_of(*args), out)
 
@@ -255,7 +260,7 @@ def _conv(step: Conv, buffers: dict[str, Tensor]) -> None:
         n, channels, height, width = out.shape
         slots = conv.sum_slots(height, width) if torch.are_deterministic_algorithms_enabled() else 1
         sums = torch.zeros(n, slots, 9, channels, dtype=torch.float32, device=out.device)
-    configs = tuned(architecture(out.device)).get("configs", {})
+    device = identity(out.device)
     conv.prepare(
         out, [v.of(buffers) for v in step.sources], step.weight, step.bias, stride=step.stride, padding=step.padding,
         groups=step.groups, transposed=step.transposed, pre_scale=step.pre_scale, pre_shift=step.pre_shift,
@@ -266,7 +271,7 @@ def _conv(step: Conv, buffers: dict[str, Tensor]) -> None:
         modulate=None if step.modulate is None else (step.modulate[0].of(buffers), step.modulate[1].of(buffers)),
         outer=None if step.outer is None else step.outer.of(buffers), outer_gain=step.outer_gain,
         precision=precision(out), packed=packed,
-        configure=lambda shape: configs.get(shape.key()) or conv.default_config(shape),
+        configure=lambda shape: _tables.config(device, conv, shape),
     ).run()  # fmt: skip
     if sums is not None and step.sums is not None:
         buffers[step.sums] = sums.sum(1)
@@ -284,7 +289,39 @@ def _residual_e(out: Tensor, x: Tensor, *weights_and_groups: Any) -> bool:
     if residual_e.refuses(x.shape[1], weights_and_groups[-1]):
         return False
     result = out if pixels(out) is not None else _image(out, out.shape)
-    residual_e.prepare(result, x, *weights_and_groups, precision=precision(x)).run()
+    residual_e.prepare(
+        result, x, *weights_and_groups, precision=precision(x),
+        configure=lambda shape: _tables.config(identity(x.device), residual_e, shape),
+    ).run()  # fmt: skip
+    if result is not out:
+        out.copy_(result)
+    return True
+
+
+def _linear_tail(out: Tensor, x: Tensor, weights: list[Tensor], biases: list[Tensor], gain: float) -> bool:
+    """All layers as one convolution and one launch; False where they cannot be merged, or would have to be in every
+    call, as weights that are not frozen would."""
+    from fastsr.kernels import conv
+    from fastsr.kernels.launch import pixels
+
+    given = [*weights, *biases]
+    if unmergeable(x, weights) is not None or any(packing.frozen(t) is None for t in given):
+        return False
+
+    def merged() -> tuple[Tensor, Tensor | None]:
+        kernels, bias = merge(weights, biases)
+        kernels = kernels.flatten(0, 1).permute(0, 1, 3, 4, 2).to(x.dtype).contiguous()
+        return kernels, None if bias is None else bias.flatten(0, 1)
+
+    packed, bias = packing.kept(("triton merged", len(weights)), given, merged)
+    _, outputs, taps, _, channels = packed.shape
+    like = torch.empty(outputs, channels, taps, taps, dtype=x.dtype, device="meta")
+    scale, device = math.prod(shuffles_of(weights)), identity(x.device)
+    result = out if pixels(out) is not None else _image(out, out.shape)
+    conv.prepare(
+        result, [x], like, bias, padding=taps // 2, gain=gain, shuffle=scale, precision=precision(x), packed=packed,
+        framed=True, configure=lambda shape: _tables.config(device, conv, shape),
+    ).run()  # fmt: skip
     if result is not out:
         out.copy_(result)
     return True
@@ -293,23 +330,25 @@ def _residual_e(out: Tensor, x: Tensor, *weights_and_groups: Any) -> bool:
 FEW_TAPS = 64  # of a sample: up to here one pass reads less than two
 
 
-def _resize(out: Tensor, x: Tensor, height: int, width: int, scale_y: float, scale_x: float, method: str) -> None:
+def _resize(out: Tensor, x: Tensor, height: int, width: int, scale_y: float, scale_x: float, method: str) -> bool:
     from fastsr.kernels import resize_bicubic
 
-    rows = _taps(x.shape[2], height, scale_y, method, x.device)
-    columns = _taps(x.shape[3], width, scale_x, method, x.device)
+    rows = packing.used(_taps(x.shape[2], height, scale_y, method, x.device))
+    columns = packing.used(_taps(x.shape[3], width, scale_x, method, x.device))
     if rows[0].shape[0] * columns[0].shape[0] <= FEW_TAPS:
         resize_bicubic.prepare(out, x, rows, columns).run()
-        return
+        return True
     n, c, h, w = x.shape
     if height / h <= width / w:  # the axis that shrinks most first
         shape, first, second = (n, c, height, w), (rows, _identity(w, x.device)), (_identity(height, x.device), columns)
     else:
         shape, first, second = (n, c, h, width), (_identity(h, x.device), columns), (rows, _identity(width, x.device))
+    packing.used((first, second))
     last = torch.channels_last if out.stride(1) == 1 else torch.contiguous_format
     between = torch.empty(shape, dtype=torch.float32, device=x.device, memory_format=last)
     resize_bicubic.prepare(between, x, *first).run()
     resize_bicubic.prepare(out, between, *second).run()
+    return True
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,13 +7,14 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import fastsr
+from fastsr import progress
 from fastsr.checkpoints.normal import tuples
 from fastsr.convert import convert
 from fastsr.evaluate import PROTOCOLS, evaluate
@@ -26,6 +27,7 @@ from fastsr.image.upscale import (
     ZSSR_SCALES,
     as_network,
     as_segmentation,
+    check_scale,
     default_device,
     next_scale,
     upscale,
@@ -33,6 +35,12 @@ from fastsr.image.upscale import (
 from fastsr.info import DECIDERS, describe, info
 from fastsr.models import Network, load
 from fastsr.models.embedded import DEFAULT, DEFAULT_SCALE, EMBEDDED, is_embedded, weights_of
+from fastsr.models.sftgan import SFTNet
+from fastsr.optimize import optimize
+from fastsr.progress import printable
+from fastsr.tune import SECONDS, tune
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 class Refused(Exception):
@@ -91,6 +99,25 @@ def _parser() -> argparse.ArgumentParser:
     )
     measure.add_argument("--json", action="store_true", help="one JSON object")
     measure.set_defaults(run=_evaluate)
+
+    faster = commands.add_parser(
+        "tune", help="measure which kernels are fastest on this GPU",
+        description="Runs a network on an image of noise, measures what can compute its operators, PyTorch's own "
+        "kernels among it, and remembers in the cache directory what was fastest. From then on fastsr chooses by it on "
+        "this device, with these versions, for networks as they are loaded and for what fastsr.optimize makes of them.",
+    )  # fmt: skip
+    faster.add_argument("model", metavar="WEIGHTS", help="a file of weights, or carn_m, which comes with fastsr")
+    faster.add_argument(
+        "--size", required=True, type=_height_width, metavar="HxW", help="of the small image, as 720x1280"
+    )
+    faster.add_argument("--scale", type=int, metavar="N", help="the factor; by default each that the file has")
+    faster.add_argument("--dtype", choices=DTYPES, help="the network's (default: as the file has it)")
+    faster.add_argument("--device", metavar="DEVICE", help="cuda, cuda:1 ...")
+    faster.add_argument(
+        "--seconds", type=float, default=SECONDS, metavar="S",
+        help="after which nothing new is begun (default %(default)g)",
+    )  # fmt: skip
+    faster.set_defaults(run=_tune)
     return parser
 
 
@@ -127,9 +154,7 @@ def _add_upscale(commands: Any) -> None:
         help="in a folder, the format of all results: %(choices)s; auto (default) is that of each image",
     )  # fmt: skip
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ...; by default a GPU if there is one")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="the network's (default: as the file has it)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, help="the network's (default: as the file has it)")
     parser.add_argument("--fp32", dest="dtype", action="store_const", const="float32", help="--dtype float32")
     parser.add_argument(
         "--tile", "-t", type=_size, default=tiles.AUTO, metavar="N",
@@ -157,6 +182,13 @@ def _add_upscale(commands: Any) -> None:
 
 def _size(text: str) -> int | str:
     return text if text in (tiles.AUTO, tiles.EXACT) else int(text)
+
+
+def _height_width(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    if int(height) < 1 or int(width) < 1:
+        raise ValueError
+    return int(height), int(width)
 
 
 def _number(text: str) -> float:
@@ -238,6 +270,40 @@ def _evaluate(args: argparse.Namespace) -> int:
     name = result["protocol"]
     print(f"{result['model']} x{result['scale']}, protocol {name}: {PROTOCOLS[name].summary}")
     return 0
+
+
+def _tune(args: argparse.Namespace) -> int:
+    try:
+        device = torch.device(args.device or default_device(None))
+        if device.type != "cuda" or not torch.cuda.is_available():
+            raise Refused(f"tune: expected a CUDA device to measure; got {device}, and CUDA devices are "
+                          f"{torch.cuda.device_count()}; a CPU's kernels need no tuning")  # fmt: skip
+        network = as_network(_load(args.model, str(device)), dtype=args.dtype and getattr(torch, args.dtype))
+        scales = network.scales if args.scale is None else [check_scale(network.name, network.scales, args.scale)]
+        found = tune(_noise(network, scales, *args.size), network.device, seconds=args.seconds)
+        print(found, *(f"not kept: {why}" for why in found.rejected), sep="\n  ")
+    except (ValueError, TypeError, RuntimeError, OSError) as error:  # RuntimeError: torch, about a device
+        raise Refused(f"tune: {error}") from error
+    return 0
+
+
+def _noise(network: Network, scales: Sequence[int], height: int, width: int) -> Callable[[], None]:
+    """A call that enlarges an image of noise, by the network as it is and as fastsr.optimize makes it."""
+    black, white = network.value_range
+    like = {"device": network.device, "dtype": network.dtype}
+    x = black + (white - black) * torch.rand(1, 1 if network.colour == "y" else 3, height, width, **like)
+    more = {}
+    if isinstance(network, SFTNet):
+        size = network.config.classes, height * scales[0], width * scales[0]
+        more["condition"] = torch.rand(1, *size, **like).softmax(1)
+    networks = network, optimize(network)
+
+    def run() -> None:
+        for each in networks:
+            for scale in scales:
+                each.super_resolve(x, scale, **more)
+
+    return run
 
 
 def _figures(figures: dict[str, Any]) -> str:
@@ -328,8 +394,6 @@ def _work(enlarge: Any, name: str, factor: int, scale: float, model: str, device
 class _Report:
     """Tells what happens: as JSON lines on stdout, or, where that is a terminal, in words and with a bar on stderr."""
 
-    WIDTH = 30
-
     def __init__(self, jobs: int, as_json: bool) -> None:
         self.jobs = jobs
         self.json = as_json or not sys.stdout.isatty()
@@ -350,19 +414,19 @@ class _Report:
             self.tenths = tenth
             return
         if self.bar:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)
+            progress.clear()
         if self.json:
             self._line(event)
         elif kind == "done":
             sizes = ["x".join(map(str, event[key])) for key in ("size_before", "size")]
             print(
-                _shown(f"{event['input']} ({sizes[0]}) -> {event['output']} ({sizes[1]}): {event['network']} "
+                printable(f"{event['input']} ({sizes[0]}) -> {event['output']} ({sizes[1]}): {event['network']} "
                        f"x{event['scale']} on {event['device']}, backend {', '.join(event['backends']) or 'none'}, "
                        f"{event['seconds']:.1f} s"),
                 *(f"  note: {note}" for note in event["notes"]), sep="\n", flush=True,
             )  # fmt: skip
         elif kind == "skipped":
-            print(_shown(f"{event['input']} -> {event['output']}: done already"), flush=True)
+            print(printable(f"{event['input']} -> {event['output']}: done already"), flush=True)
         if kind == "failed":
             self.failed.append(event["error"])
         if kind == "end":
@@ -374,9 +438,7 @@ class _Report:
         print(json.dumps(event), flush=True)
 
     def _draw(self, share: float, words: str) -> None:
-        filled = round((self.finished + share) / self.jobs * self.WIDTH)
-        text = f"[{'#' * filled}{'.' * (self.WIDTH - filled)}] {self.finished} of {self.jobs} {words} "
-        print(f"\r\033[K{_shown(text)}", end="", file=sys.stderr, flush=True)
+        progress.draw((self.finished + share) / self.jobs, f"{self.finished} of {self.jobs} {words}")
 
     def _end(self, event: Event) -> None:
         if "stopped" in event:
@@ -384,12 +446,7 @@ class _Report:
             print(f"fastsr: stopped by {event['stopped']} after {done} of {event['all']}", file=sys.stderr)
         if self.failed:
             count = f"{len(self.failed)} of {event['all']} not done"
-            print(f"fastsr: {count}:", *map(_shown, self.failed), sep="\n  ", file=sys.stderr)
-
-
-def _shown(text: str) -> str:
-    """With names that are not UTF-8, which printing would not survive, made readable."""
-    return text.encode("utf-8", "backslashreplace").decode()
+            print(f"fastsr: {count}:", *map(printable, self.failed), sep="\n  ", file=sys.stderr)
 
 
 if __name__ == "__main__":

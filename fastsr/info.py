@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fastsr
-from fastsr import _cuda_engine, _library, _triton
+from fastsr import _cuda_engine, _library, _tables, _triton
 from fastsr.checkpoints.normal import plain
 from fastsr.models import Network
 from fastsr.op import OPS
@@ -61,6 +61,9 @@ def info() -> str:
     lines += ["", f"{'cpu':<10} {_processor()}, {torch.get_num_threads()} threads", *_devices(), ""]
     lines += [f"{name:<10} {load() or 'loaded'}" for name, load in LIBRARIES.items()]
     lines += [f"{'triton':<10} {_triton.summary()}"]
+    for index in range(torch.cuda.device_count()):
+        device = _triton.identity(torch.device("cuda", index))
+        lines.append(f"{f'cuda:{index}':<10} chosen by {_tables.summary(device)}")
     lines += ["", "operators and their backends, in the order in which they are asked:"]
     width = max(map(len, OPS), default=0)
     for name in sorted(OPS):

@@ -46,7 +46,7 @@ _HOLE = torch.empty(0)  # stands where a saved tensor goes
 _forced_here: contextvars.ContextVar[Any] = contextvars.ContextVar("fastsr_forced_backend", default=_UNSET)
 _forced_everywhere: list[tuple[object, str | None]] = []
 _forced_lock = threading.Lock()
-_calls: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar("fastsr_calls", default=None)
+_watcher: contextvars.ContextVar[Watcher | None] = contextvars.ContextVar("fastsr_watcher", default=None)
 
 
 @dataclass(frozen=True)
@@ -133,12 +133,27 @@ def explain(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Cal
     """Runs `function(*args, **kwargs)` (an operator, a layer, a network) and returns the operator calls it made in
     this thread, each with the backend that ran and the reasons of those that refused."""
     calls: list[Call] = []
-    token = _calls.set(calls)
-    try:
+
+    def note(op: Op, args: tuple[Any, ...], plan: _Plan) -> None:
+        calls.append(Call(op.name, plan.name, plan.refused, _shapes(args)))
+
+    with watch(note):
         function(*args, **kwargs)
-    finally:
-        _calls.reset(token)
     return calls
+
+
+Watcher = Callable[["Op[..., Any]", tuple[Any, ...], _Plan], None]
+
+
+@contextlib.contextmanager
+def watch(watcher: Watcher | None) -> Iterator[None]:
+    """Inside, `watcher(op, args, plan)` is told of every operator call of this thread before it runs, args with
+    defaults filled in; None tells nobody."""
+    token = _watcher.set(watcher)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
 
 
 def describe(value: Any) -> str:
@@ -318,6 +333,10 @@ class Op(Generic[P, R]):
         if wrong:
             raise ValueError(f"fastsr::{self.name}: expected backends out of cuda, triton and cpu; got {wrong}")
         self._backends = backends
+        self.forget_plans()
+
+    def forget_plans(self) -> None:
+        """Lets the next call choose anew, as something that the choice depends on has changed."""
         self._plans.clear()
 
     # What others ask of it.
@@ -409,9 +428,9 @@ class Op(Generic[P, R]):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         bound = self._bind(args, kwargs)
         plan = self._planned(bound)
-        calls = _calls.get()
-        if calls is not None:
-            calls.append(Call(self.name, plan.name, plan.refused, _shapes(bound)))
+        watcher = _watcher.get()
+        if watcher is not None:
+            watcher(self, bound, plan)
         if plan.run is None:
             result: Any = self.eager(*bound)  # type: ignore[call-arg]
             if isinstance(result, tuple):

@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from fastsr import packing
+from fastsr import _cuda_engine, packing
+from fastsr import tune as tuning
+from fastsr.graphs import attach
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -25,6 +27,7 @@ class Door:
         self.dtype: torch.dtype | None = None  # of a module without parameters
         self.products = "float32"
         self.keep_weights = True
+        self.tune = False
         self.released = False
         self.owner: weakref.ref[nn.Module] | None = None
 
@@ -58,7 +61,11 @@ class Door:
         first = next(_floating((args, kwargs)), None)
         _given.dtypes = (None if first is None else first.dtype, getattr(_given, "dtypes", None))
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), self.dtype)
-        return _cast(args, dtype), _cast(kwargs, dtype)
+        args, kwargs = _cast(args, dtype), _cast(kwargs, dtype)
+        if self.tune and first is not None and not torch.compiler.is_compiling():
+            tuning.tune(lambda: module.forward(*args, **kwargs), first.device, again=False)
+            self.tune = False
+        return args, kwargs
 
     def leave(self, module: nn.Module, args: Any, kwargs: Any, result: Any) -> Any:
         """The forward hook, called after exceptions too."""
@@ -89,7 +96,14 @@ def _cast(value: Any, dtype: torch.dtype | None) -> Any:
     return value.to(dtype) if floating and dtype is not None else value
 
 
-def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: bool = True) -> Module:
+def optimize(
+    model: Module,
+    *,
+    dtype: torch.dtype | None = None,
+    keep_weights: bool = True,
+    graphs: bool = True,
+    tune: bool = False,
+) -> Module:
     """A new frozen module for inference: same class, same call, same parameter names; the argument is untouched.
 
     The result is in evaluation mode, its parameters need no gradients, and its weights are packed once, for each kind
@@ -102,6 +116,10 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: b
     otherwise (`Network.float_maps`). Without the kernels for it, or on a processor without AVX512-BF16, it computes in
     float32.
 
+    torch.float8_e4m3fn is for GPUs of compute capability 9.0 and the networks that name what bears it
+    (`Network.float8_parts`: the dense blocks of ESRGAN and RDN). Convolutions there multiply in eight bits and sum in
+    float32; parameters, all other convolutions and the maps between operators are bfloat16. Scales follow each image.
+
     To change weights afterwards use `load_state_dict`; packed weights do not follow `p.data.mul_()` or a write through
     NumPy. Changing the original's weights does not change the result's.
 
@@ -109,13 +127,31 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: b
     `state_dict`, `load_state_dict`, copying and pickling raise RuntimeError, and what is not computed by packed weights
     (under `fastsr.use("eager")`, say) becomes NaN. The first call must not be made by several threads at once.
 
-    Raises TypeError for anything but a module or a floating dtype.
+    On a CUDA device, calls that come again are replayed as CUDA graphs, with the same results; `fastsr.graphs` has the
+    rules, and `fastsr.graphs.report` says what became of each kind of call. graphs=False is for a module whose forward
+    keeps something between calls, or to save the memory that graphs hold.
+
+    tune=True measures on a GPU, during the first call and with what it is given, which kernels are fastest here, eager
+    ones among them; calls of other image sizes use what was found. It takes a minute, shown by a bar where stderr is a
+    terminal, and is remembered in the user's cache directory, so that a later program has nothing left to measure (see
+    `fastsr.tune`). Raises ValueError for a model on a CPU, whose kernels need no tuning.
+
+    Raises TypeError for anything but a module or a floating dtype, ValueError where torch.float8_e4m3fn is not for the
+    network or its device.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"optimize: expected model to be a torch.nn.Module; got {type(model).__name__}")
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(f"optimize: expected dtype to be a floating-point dtype; got {dtype}")
+    if tune and any(p.device.type == "cpu" for p in model.parameters()):
+        raise ValueError("optimize: tune=True measures kernels of a GPU; got a model on the CPU: move it, or omit tune")
+    float8 = dtype == torch.float8_e4m3fn
+    if float8:
+        _check_float8(model)
+        dtype = torch.bfloat16
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
+    if dtype is not None:
+        use_float8(frozen, float8)
     parameters = [p for p in frozen.parameters() if p.is_floating_point()]
     mode = dtype == torch.bfloat16 and all(p.device.type == "cpu" for p in parameters)
     if dtype is not None:
@@ -133,8 +169,39 @@ def optimize(model: Module, *, dtype: torch.dtype | None = None, keep_weights: b
     door.dtype = torch.float32 if mode else dtype
     door.products = "bfloat16" if mode else "float32"
     door.keep_weights = keep_weights
+    door.tune = tune
     door.freeze(frozen)
+    attach(frozen, graphs)
     return frozen
+
+
+def use_float8(model: nn.Module, on: bool) -> None:
+    """Makes the blocks in a network's `float8_parts` multiply in e4m3, or no longer."""
+    for name in getattr(model, "float8_parts", ()):
+        for block in model.get_submodule(name).modules():
+            if hasattr(block, "float8"):
+                block.float8 = on
+
+
+def _check_float8(model: nn.Module) -> None:
+    """Raises ValueError unless a network multiplies in e4m3 where it is."""
+    name, instead = f"dtype=float8_e4m3fn; got {type(model).__name__}", "use dtype=torch.bfloat16"
+    parts = [model.get_submodule(part) for part in getattr(model, "float8_parts", ())]
+    if not parts:
+        raise ValueError(f"optimize: expected a network with float8_parts for {name}; {instead}")
+    weights = [p for part in parts for p in part.parameters() if p.dim() == 4]
+    narrow = next((w for w in weights if w.shape[0] % 32 or w.shape[1] % 32), None)
+    if narrow is not None:
+        raise ValueError(
+            f"optimize: expected dense blocks of multiples of 32 channels for {name} with a convolution "
+            f"{narrow.shape[1]} -> {narrow.shape[0]}; {instead}"
+        )
+    why = _cuda_engine.float8_missing(weights[0].device)
+    if why is not None:
+        raise ValueError(
+            f"optimize: expected a model on a GPU of compute capability 9.0 for {name}: {why}; "
+            f"move it there, or {instead}"
+        )
 
 
 def freeze_copy(module: nn.Module) -> None:

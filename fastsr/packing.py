@@ -10,12 +10,17 @@ are kept by the parameter itself, weakly, under one of two conditions:
   seen, which is what freezing means.
 
 Nothing is kept in attributes of modules or tensors, so copies and pickles carry nothing and start anew.
+
+What is made again of frozen tensors that were changed in place goes into the buffers that there are: a CUDA graph reads
+these (`fastsr.graphs`). `uses` says which.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -49,6 +54,7 @@ class Frozen(NamedTuple):
 
 _entries: dict[int, dict[Hashable, _Entry]] = {}  # by the id of the first tensor
 _frozen: dict[int, Frozen] = {}
+_uses = threading.local()  # .found: the list of the innermost `uses` of this thread
 
 
 def freeze(tensors: Sequence[Tensor], products: str = "float32", any_size: bool = False) -> None:
@@ -69,8 +75,8 @@ def kept(key: Hashable, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
     """What `make()` returns, or what it returned for the same key and these tensors, at least one, unchanged since.
 
     It is kept as long as the first tensor lives, along with at most KEPT - 1 others. Any thread may call this; two that
-    find nothing both make it. Plain tensors that are not on the CPU, or without the compiled library, keep nothing.
-    Raises RuntimeError if it has to be made of a tensor that was released.
+    find nothing both make it. Plain tensors that are not on the CPU, or without the compiled library, keep nothing, nor
+    does a stream that is being captured. Raises RuntimeError if it has to be made of a tensor that was released.
     """
     first = tensors[0]
     key = (key, *map(id, tensors[1:]))
@@ -83,7 +89,7 @@ def kept(key: Hashable, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
         and all(ref() is t for ref, t in zip(entry.tensors, tensors, strict=True))
         and (entry.sums is None or entry.sums == [_sum(t) for t in tensors])
     ):
-        return entry.value
+        return used(entry.value)
     modes = [frozen(t) for t in tensors]
     if any(mode is not None and mode.released for mode in modes):
         raise RuntimeError(
@@ -93,9 +99,16 @@ def kept(key: Hashable, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
     all_frozen = None not in modes
     if not all_frozen and (_library.load() is not None or any(t.device.type != "cpu" for t in tensors)):
         return make()
+    on_gpu = first.device.type == "cuda"
+    if on_gpu and torch.cuda.is_current_stream_capturing():
+        return make()  # nothing is computed before the first replay
     # Summed before it is made: what changes in between is noticed by the next call.
     sums = None if all_frozen else [_sum(t) for t in tensors]
     value = make()
+    if all_frozen and entry is not None and entry.sums is None and _changed_in_place(entry, tensors):
+        value = _refilled(entry.value, value)
+    if on_gpu:
+        torch.cuda.current_stream(first.device).synchronize()  # other streams may read it at once
     number = id(first)
     owner = weakref.ref(first, lambda _, entries=_entries: entries.pop(number, None))  # named: also as Python ends
     entries = _entries.setdefault(number, {})
@@ -105,7 +118,50 @@ def kept(key: Hashable, tensors: Sequence[Tensor], make: Callable[[], T]) -> T:
     while len(entries) >= KEPT:  # the oldest goes; pop's default covers another thread's pop
         entries.pop(next(iter(list(entries)), None), None)
     entries[key] = _Entry((owner, *map(weakref.ref, tensors[1:])), marks, sums, value)
+    return used(value)
+
+
+@contextlib.contextmanager
+def uses() -> Iterator[list[Any]]:
+    """A list that gets whatever this thread is given of what is kept, in order, until the end of the context."""
+    outer = getattr(_uses, "found", None)
+    _uses.found = found = []
+    try:
+        yield found
+    finally:
+        _uses.found = outer
+
+
+def used(value: T) -> T:
+    """The value, noted for `uses`; for what is kept on a device elsewhere, too."""
+    found = getattr(_uses, "found", None)
+    if found is not None:
+        found.append(value)
     return value
+
+
+def _changed_in_place(entry: _Entry, tensors: Sequence[Tensor]) -> bool:
+    """Whether an entry is of these tensors, where they lie now."""
+    same = all(ref() is t for ref, t in zip(entry.tensors, tensors, strict=True))
+    return same and [mark[0] for mark in entry.marks] == [t.data_ptr() for t in tensors]
+
+
+def _refilled(old: Any, new: Any) -> Any:
+    """The old tensor or tensors, filled with the new ones; the new ones where they are of another kind."""
+    pairs = [(old, new)] if isinstance(old, Tensor) else []
+    if isinstance(old, (list, tuple)) and type(new) is type(old) and len(new) == len(old):
+        pairs = list(zip(old, new, strict=True))
+    if not pairs or not all(isinstance(a, Tensor) and isinstance(b, Tensor) and _alike(a, b) for a, b in pairs):
+        return new
+    with torch.inference_mode():  # some were made in it
+        for a, b in pairs:
+            if a.data_ptr() != b.data_ptr():  # as of a part that is the parameter itself
+                a.copy_(b)
+    return old
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
 
 
 def release(tensors: Iterable[Tensor]) -> None:

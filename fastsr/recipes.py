@@ -134,12 +134,14 @@ Step = Conv | Gate | Mean | Scale | Copy
 @dataclass(frozen=True)
 class Recipe:
     """Steps over named buffers. inputs: the operator's image arguments; workspace: name -> shape of everything else,
-    among them the `output`, the buffer that is the operator's result."""
+    among them the `output`, the buffer that is the operator's result. float8: convolutions read e4m3, all maps with the
+    scales of the first input; what is added stays what it is."""
 
     inputs: dict[str, Tensor]
     workspace: dict[str, tuple[int, ...]]
     steps: tuple[Step, ...]
     output: str = "out"
+    float8: bool = False
 
 
 def border_sums(h: Tensor) -> Tensor:
@@ -192,6 +194,8 @@ def run(
     gate: Callable[[Gate, dict[str, Tensor]], None] = eager_gate,
 ) -> Tensor:
     """Runs a recipe in a fresh workspace (NaN at first, so that a read before a write shows) and returns its output."""
+    if recipe.float8:
+        raise ValueError("run: expected a recipe without float8; the operator's definition rounds as its kernels do")
     like = next(iter(recipe.inputs.values()))
     buffers = dict(recipe.inputs)
     for name, shape in recipe.workspace.items():

@@ -14,7 +14,11 @@ Three kinds of convolution are one loop. In each, a program belongs to a phase (
     nearest upsampling u   U = u, base = floor((r - padding) / u), weights: sums of the taps that meet in one pixel
 
 A depth-to-space store is a matter of which rows of the weights a program takes: it computes one position (dy, dx) of
-the cells, so that it stores whole pixels.
+the cells, so that it stores whole pixels. Where a pixel has so few channels that most of a program's rows would stand
+empty, it takes all positions together, and stores each channel where it belongs.
+
+A framed convolution has weights of their own for the pixels of each border and corner (`ops.linear_tail.merge`): nine
+regions of the image, each walked by programs of its own, in one launch.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ from torch import Tensor
 from fastsr.kernels.launch import Launch, Pixels, as_pixels, ceil_div, power_of_two
 
 LEAST_TILE = 64  # pixels; no configuration has a smaller BP
+FEW_ROWS = 16  # of one position of a cell; with fewer, the smallest block of a matrix product would not be filled
 
 
 @triton.jit
@@ -61,8 +66,8 @@ def _add_sums(sums, tile, where, AXIS: tl.constexpr, ok):
 def _conv_kernel(
     out, out_step, out_pitch,  # (N, COUT / FOLD^2, ...): pointer, elements a pixel, `Pixels.pitch`
     x, x_step, x_pitch,  # tuples over the inputs, (N, Ci, height, width) each
-    weight,  # [U * U, COUT, TAPS, TAPS, KG]
-    bias,  # [COUT] or None, as all that follows
+    weight,  # [U * U, COUT, TAPS, TAPS, KG]; of a frame [9, ...]: by row (between, first, last), then by column
+    bias,  # [COUT] or None, as all that follows; of a frame [9, COUT]
     pre_scale, pre_shift,  # [GROUPS * KG]
     prelu,  # [COUT], or one slope
     scale,  # [N, COUT] float32
@@ -78,7 +83,8 @@ def _conv_kernel(
     TAPS: tl.constexpr, STRIDE: tl.constexpr, U: tl.constexpr,
     LIFT: tl.constexpr, DIVIDE: tl.constexpr, BASE: tl.constexpr,  # base(r) = (r + LIFT) // DIVIDE - BASE
     SHIFT: tl.constexpr,
-    FOLD: tl.constexpr, TORCH_ORDER: tl.constexpr,
+    FOLD: tl.constexpr, TORCH_ORDER: tl.constexpr, TOGETHER: tl.constexpr,  # all positions of a cell in one program
+    FRAME: tl.constexpr,
     PRE: tl.constexpr, PRE_RELU: tl.constexpr, ACT: tl.constexpr, ONE_SLOPE: tl.constexpr, POST_RELU: tl.constexpr,
     SKIP_STARTS: tl.constexpr,  # first channel of each skip, and behind the last
     EVEN_K: tl.constexpr, EVEN_C: tl.constexpr, LARGE: tl.constexpr, PRECISION: tl.constexpr,
@@ -86,7 +92,8 @@ def _conv_kernel(
     BP: tl.constexpr, BC: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     CELL: tl.constexpr = FOLD * FOLD
-    CG: tl.constexpr = COUT // (CELL * GROUPS)  # channels that one program's column of the grid stores
+    SPREAD: tl.constexpr = 1 if TOGETHER else CELL  # programs over which the positions of a cell are spread
+    CG: tl.constexpr = COUT // (SPREAD * GROUPS)  # rows of the weights that one program's column of the grid takes
     C_BLOCKS: tl.constexpr = (CG + BC - 1) // BC
     INPUTS: tl.constexpr = len(x)
     BLOCKS: tl.constexpr = ENDS[INPUTS - 1]
@@ -95,17 +102,45 @@ def _conv_kernel(
 
     tile = tl.program_id(0) // C_BLOCKS
     group = tl.program_id(1) % GROUPS
-    cell = tl.program_id(1) // GROUPS % CELL
-    phase = tl.program_id(1) // (GROUPS * CELL)
+    cell = tl.program_id(1) // GROUPS % SPREAD
+    phase = tl.program_id(1) // (GROUPS * SPREAD)
     n = tl.program_id(2).to(tl.int64)
 
     # pixels: position in the phase's grid, in the input, in the output
+    region = phase
+    region_y = 0
+    region_x = 0
+    region_height = grid_height
+    region_width = grid_width
+    if FRAME:  # tiles of what lies between, of the first and the last row, of both columns, and the corners
+        row_tiles = tl.cdiv(grid_width - 2, BP)
+        column_tiles = tl.cdiv(grid_height - 2, BP)
+        rows_tile = tile - tl.cdiv((grid_height - 2) * (grid_width - 2), BP)
+        columns_tile = rows_tile - 2 * row_tiles
+        corner = columns_tile - 2 * column_tiles
+        of_row = tile * 0  # 1 is the first, 2 the last; numbers of the run, as both sides of a branch must be
+        of_column = tile * 0
+        if corner >= 0:
+            of_row = 1 + corner // 2
+            of_column = 1 + corner % 2
+            tile = tile * 0
+        elif columns_tile >= 0:
+            of_column = 1 + columns_tile // column_tiles
+            tile = columns_tile % column_tiles
+        elif rows_tile >= 0:
+            of_row = 1 + rows_tile // row_tiles
+            tile = rows_tile % row_tiles
+        region = 3 * of_row + of_column
+        region_y = tl.where(of_row == 0, 1, (of_row - 1) * (grid_height - 1))
+        region_x = tl.where(of_column == 0, 1, (of_column - 1) * (grid_width - 1))
+        region_height = tl.where(of_row == 0, grid_height - 2, 1)
+        region_width = tl.where(of_column == 0, grid_width - 2, 1)
     p = tile * BP + tl.arange(0, BP)
-    gy = p // grid_width
-    gx = p % grid_width
+    gy = region_y + p // region_width
+    gx = region_x + p % region_width
     y0 = gy * STRIDE + (phase // U + LIFT) // DIVIDE - BASE
     x0 = gx * STRIDE + (phase % U + LIFT) // DIVIDE - BASE
-    inside = p < grid_height * grid_width
+    inside = p < region_height * region_width
     oy = gy * U + phase // U - SHIFT
     ox = gx * U + phase % U - SHIFT
     stored = inside & (oy >= 0) & (oy < out_height) & (ox >= 0) & (ox < out_width)
@@ -113,14 +148,16 @@ def _conv_kernel(
     # channels: as stored, and as rows of the weights
     c = (tl.program_id(0) % C_BLOCKS) * BC + tl.arange(0, BC)
     c_ok = c < CG
-    channel = group * CG + c
-    if TORCH_ORDER:
-        row = channel * CELL + cell
+    if TOGETHER:
+        row = c
+        channel = row // CELL if TORCH_ORDER else row % (COUT // CELL)
+        cell = row % CELL if TORCH_ORDER else row // (COUT // CELL)
     else:
-        row = cell * (COUT // CELL) + channel
+        channel = group * CG + c
+        row = channel * CELL + cell if TORCH_ORDER else cell * (COUT // CELL) + channel
 
     k = tl.arange(0, BK)
-    weights = weight + (phase * COUT + row)[:, None] * (TAPS * TAPS * KG) + k[None, :]
+    weights = weight + (region * COUT + row)[:, None] * (TAPS * TAPS * KG) + k[None, :]
     if WEIGHTS_FIRST:
         acc = tl.zeros((BC, BP), dtype=tl.float32)
     else:
@@ -185,7 +222,10 @@ def _conv_kernel(
 
     y = acc
     if bias is not None:
-        y += _at(tl.load(bias + row, mask=c_ok, other=0.0).to(tl.float32), ALONG_C)
+        at = bias + row
+        if FRAME:
+            at += region * COUT
+        y += _at(tl.load(at, mask=c_ok, other=0.0).to(tl.float32), ALONG_C)
     if ACT == "relu":
         y = _relu(y)
     elif ACT == "leaky":
@@ -235,9 +275,9 @@ def _conv_kernel(
 
     image = out_pitch[0] >> 1
     pitch = out_pitch[1] >> 1
-    sy = oy * FOLD + cell // FOLD
-    sx = ox * FOLD + cell % FOLD
-    at = out + n * image * out_step + _at((sy * pitch + sx) * out_step, ALONG_P) + _at(channel, ALONG_C)
+    position = (cell // FOLD * pitch + cell % FOLD) * out_step  # in the cell
+    at = out + n * image * out_step + _at((oy * pitch + ox) * FOLD * out_step, ALONG_P)
+    at += _at(position + channel, ALONG_C)
     result = y.to(out.dtype.element_ty)
     tl.store(at, result, mask=ok)
 
@@ -264,8 +304,10 @@ class Shape:
     """What a launch configuration depends on: everything about a convolution but the size of its image.
 
     dtype: "bfloat16", "float16" or "float32"; precision: "tf32" or "ieee", of float32 products. taps: J * J. inputs:
-    the channels of each input, of one group; rows: output channels of one group and one position of a cell.
-    prologue: whether values change between loading and multiplying. sums: whether the sums of what is stored are made.
+    the channels of each input, of one group; rows: of the weights that one program's column of the grid takes: output
+    channels of one group, and of one position of a cell unless those are stored together. prologue: whether values
+    change between loading and multiplying. sums: whether the sums of what is stored are made. scattered: whether a
+    program stores all positions of its cells, each value at an address of its own.
     """
 
     dtype: str
@@ -275,12 +317,13 @@ class Shape:
     rows: int
     prologue: bool = False
     sums: bool = False
+    scattered: bool = False
 
     def key(self) -> str:
         """The name under which a tuned configuration is kept."""
         precise = self.precision if self.dtype == "float32" else ""
         inputs = "+".join(map(str, self.inputs))
-        extra = " pre" * self.prologue + " sums" * self.sums
+        extra = " pre" * self.prologue + " sums" * self.sums + " scattered" * self.scattered
         return f"conv {self.dtype}{precise} taps{self.taps} {inputs}-{self.rows}{extra}"
 
 
@@ -296,10 +339,22 @@ def default_config(shape: Shape) -> dict[str, int]:
     exact = shape.dtype == "float32"
     bc = min(64, max(16, power_of_two(shape.rows)))
     config = {"BP": 128, "BC": bc, "BK": min(bk, 32) if exact else bk, "WEIGHTS_FIRST": int(bc == 64),
-              "num_warps": 8 if shape.prologue or shape.sums else 4, "num_stages": 3}  # fmt: skip
+              "num_warps": 8 if shape.prologue or shape.sums or shape.scattered else 4,
+              "num_stages": 4 if bc == 32 and not exact else 3}  # fmt: skip
     if exact and shape.precision == "ieee":
         config |= {"BP": 64, "WEIGHTS_FIRST": 0}
     return config
+
+
+def allowed(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """The values that each number of a configuration may have; tuning looks among them. Blocks are no larger than what
+    they are to hold."""
+    rows, channels = (max(16, power_of_two(n)) for n in (shape.rows, max(shape.inputs)))
+    return {
+        "BP": (64, 128, 256), "BC": tuple(n for n in (16, 32, 64, 128) if n <= rows),
+        "BK": tuple(n for n in (16, 32, 64) if n <= channels), "WEIGHTS_FIRST": (0, 1), "num_warps": (4, 8),
+        "num_stages": (2, 3, 4, 5),
+    }  # fmt: skip
 
 
 def transposed_weight(weight: Tensor, stride: int, groups: int) -> Tensor:
@@ -387,14 +442,16 @@ def prepare(
     outer_gain: float = 1.0,
     precision: str = "ieee",
     packed: Tensor | None = None,
+    framed: bool = False,
     configure: Callable[[Shape], dict[str, int]] = default_config,
 ) -> Launch:
     """The launch that fills `out`; arguments mean what those of `fastsr.ops.conv_act` and `fastsr.recipes.Conv` mean.
 
     out: (N, C', H', W') whose pixels lie as `pixels` asks. inputs and skips: read as one concatenation each, copied to
     channels-last where they lie otherwise. scale: (N, Cout) float32. sums: (N, slots, 9, Cout) float32, zeros, with one
-    slot, or `sum_slots` of them for sums of a fixed order. packed: the result of `pack`, if it is at hand. Call
-    `refuses` first.
+    slot, or `sum_slots` of them for sums of a fixed order. packed: the result of `pack`, if it is at hand. framed: of a
+    plain convolution of two rows and columns or more, that packed is [9, Cout, k, k, C] and bias (9, Cout), see the
+    module's docstring; weight is any of the nine then. Call `refuses` first.
     """
     if groups > 1 and len(inputs) > 1:
         inputs = [torch.cat(list(inputs), 1)]
@@ -409,7 +466,7 @@ def prepare(
     cout = weight.shape[1] * groups if transposed else weight.shape[0]
     step, lift, divide, base, shift = stride, 0, 1, padding, 0
     taps, phases = k, 1
-    if packed.dim() == 5:
+    if packed.dim() == 5 and not framed:
         taps, step = packed.shape[2], 1
         if transposed:
             phases, divide, base, shift = stride, stride, taps - 1, padding
@@ -420,14 +477,19 @@ def prepare(
     grid_height, grid_width = ceil_div(out_height + shift, phases), ceil_div(out_width + shift, phases)
 
     channels = tuple(t.shape[1] for t in inputs) if groups == 1 else (kg,)
-    rows = cout // (groups * shuffle * shuffle)
+    together = shuffle > 1 and groups == 1 and cout // shuffle**2 < FEW_ROWS
+    spread = 1 if together else shuffle * shuffle
+    rows = cout // (groups * spread)
     prologue = pre_scale is not None or pre_shift is not None or pre_relu
     shape = Shape(str(out.dtype).removeprefix("torch."), precision, taps * taps, channels, rows, prologue,
-                  sums is not None)  # fmt: skip
+                  sums is not None, together)  # fmt: skip
     config = dict(configure(shape))
     warps = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     blocks = [ceil_div(c, config["BK"]) for c in channels]
     tile_count = ceil_div(grid_height * grid_width, config["BP"])
+    if framed:
+        inner = grid_height - 2, grid_width - 2
+        tile_count = 4 + sum(ceil_div(n, config["BP"]) for n in (inner[0] * inner[1], *inner, *inner))
     skipped = [as_pixels(t) for t in skips]
     one: dict[str, Pixels | None] = {"factor": None, "term": None, "outer": None}
     if modulate is not None:
@@ -451,7 +513,7 @@ def prepare(
         "slots": 1 if sums is None else sums.shape[1], "slot_step": int(sums is not None and sums.shape[1] > 1),
         "COUT": cout, "KG": kg, "GROUPS": groups, "STARTS": _running((0, *channels)), "ENDS": _running(blocks),
         "TAPS": taps, "STRIDE": step, "U": phases, "LIFT": lift, "DIVIDE": divide, "BASE": base, "SHIFT": shift,
-        "FOLD": shuffle, "TORCH_ORDER": shuffle_order == "torch",
+        "FOLD": shuffle, "TORCH_ORDER": shuffle_order == "torch", "TOGETHER": together, "FRAME": framed,
         "PRE": prologue, "PRE_RELU": pre_relu, "ACT": act, "ONE_SLOPE": prelu is not None and prelu.numel() == 1,
         "POST_RELU": post_relu, "SKIP_STARTS": _running((0, *(t.shape[1] for t in skips))),
         "EVEN_K": all(c % config["BK"] == 0 for c in channels), "EVEN_C": rows % config["BC"] == 0,
@@ -462,7 +524,7 @@ def prepare(
         args[name] = None if image is None else image.tensor
         args[f"{name}_step"] = None if image is None else image.step
         args[f"{name}_pitch"] = None if image is None else image.pitch
-    parts = phases * phases * shuffle * shuffle * groups
+    parts = phases * phases * spread * groups
     grid = (tile_count * ceil_div(rows, config["BC"]), parts, n)
     return Launch(_conv_kernel, grid, args, warps)
 

@@ -9,6 +9,9 @@ patch after the other, so that their scratch stays in the cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -105,10 +108,30 @@ def _residual_e_kernel(
         patch += tl.num_programs(0)
 
 
-def default_config() -> dict[str, int]:
-    """Size of a patch with its frame, warps and stages. Registers and shared memory were checked by compiling (patches
-    of 16x32 spill); speed was not measured."""
+@dataclass(frozen=True)
+class Shape:
+    """What a launch configuration depends on. dtype and precision as in `conv.Shape`."""
+
+    dtype: str
+    precision: str
+    channels: int
+    groups: int
+
+    def key(self) -> str:
+        """The name under which a tuned configuration is kept."""
+        precise = self.precision if self.dtype == "float32" else ""
+        return f"residual_e {self.dtype}{precise} {self.channels} groups{self.groups}"
+
+
+def default_config(shape: Shape) -> dict[str, int]:
+    """Size of a patch with its frame, warps and stages, for a shape that nobody tuned. Registers and shared memory were
+    checked by compiling (patches of 16x32 spill); speed was not measured."""
     return {"TH": 16, "TW": 16, "num_warps": 8, "num_stages": 3}
+
+
+def allowed(shape: Shape) -> dict[str, tuple[int, ...]]:
+    """The values that each number of a configuration may have; tuning looks among them."""
+    return {"TH": (8, 16, 32), "TW": (8, 16, 32), "num_warps": (4, 8), "num_stages": (2, 3, 4)}
 
 
 def refuses(channels: int, groups: int) -> str:
@@ -131,12 +154,12 @@ def prepare(
     bias3: Tensor | None,
     groups: int,
     precision: str = "ieee",
-    config: dict[str, int] | None = None,
+    configure: Callable[[Shape], dict[str, int]] = default_config,
 ) -> Launch:
     """The launch that fills `out`, whose pixels lie as `launch.pixels` asks; arguments as in `ops.residual_e`."""
     n, c, h, w = x.shape
     kg = c // groups
-    config = dict(default_config() if config is None else config)
+    config = configure(Shape(str(x.dtype).removeprefix("torch."), precision, c, groups))
     source, target = as_pixels(x), as_pixels(out)
     assert target.tensor is out, "the output has pixels with a pitch"
     tiles = ceil_div(h, config["TH"] - 2), ceil_div(w, config["TW"] - 2)

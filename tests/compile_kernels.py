@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 import fastsr
-from fastsr import _triton, ops
+from fastsr import _triton, ops, packing
 
 _triton.interpreted = lambda: True  # tensors on the CPU are accepted, and no table of an architecture is read
 assert _triton.missing() is None, _triton.missing()
@@ -182,9 +183,25 @@ def variants(kind: str, capabilities: list[int]) -> Iterator[dict[str, Any]]:
     attention = [x, w, b, torch.rand(64, 4, 1, 1), torch.rand(64)]
     made = launches(lambda: ops.channel_attention(*(t.to(dtype, memory_format=_format(t)) for t in attention)))
     found |= {key: ("operator", launch) for key, launch in keys(made).items()}
+    for factors in ([2], [3], [2, 2], [2, 2, 2]):
+        made = launches(partial(tail(factors, dtype), 1, 24, 32))
+        found |= {key: (f"tail of x{math.prod(factors)}", launch) for key, launch in keys(made).items()}
     TASKS.extend((name, launch, cc) for name, launch in found.values() for cc in capabilities)
     with multiprocessing.get_context("fork").Pool(os.cpu_count()) as pool:
         yield from pool.imap_unordered(compiled, range(len(TASKS)))
+
+
+def tail(factors: list[int], dtype: torch.dtype) -> Callable[[int, int, int], Tensor]:
+    """A call of `linear_tail` on n images of h x w, as optimized networks make it."""
+    shapes = [(64 * r * r, 64, 3, 3) for r in factors] + [(3, 64, 3, 3)]
+    weights = [torch.rand(s).to(dtype) for s in shapes]
+    biases = [torch.rand(s[0]).to(dtype) for s in shapes]
+    packing.freeze([*weights, *biases])
+
+    def call(n: int, h: int, w: int) -> Tensor:
+        return ops.linear_tail(torch.rand(n, 64, h, w).to(dtype, memory_format=torch.channels_last), weights, biases)
+
+    return call
 
 
 def _format(t: Tensor) -> torch.memory_format:
@@ -206,6 +223,7 @@ def sizes() -> dict[str, list[int]]:
 
     w, b = make(64, 64, 3, 3), make(64)
     e = make(64, 16, 3, 3)
+    merged = tail([2, 2], torch.bfloat16)
     calls: dict[str, Callable[[int, int, int], object]] = {
         "first": lambda *s: ops.conv_act([image(3, *s)], make(64, 3, 3, 3), b, padding=1),
         "last": lambda *s: ops.conv_act([image(64, *s)], make(3, 64, 3, 3), make(3), padding=1),
@@ -218,6 +236,7 @@ def sizes() -> dict[str, list[int]]:
         "dense_block": lambda *s: ops.dense_block(
             image(64, *s), [make(32, 64, 3, 3), make(32, 96, 3, 3), make(64, 128, 1, 1)], [make(32), make(32), b]
         ),
+        "tail": lambda *s: merged(*map(max, s, (1, 2, 2))),
         "resize": lambda n, h, w: ops.resize_bicubic(image(3, n, h, w), 2 * h, 2 * w, 2.0, 2.0, "matlab"),
     }
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fastsr.op import OPS, Op, _replace, _tensors
 from fastsr.ops.conv_act import _defaults
 
 Make = Callable[..., torch.Tensor]
@@ -76,3 +77,28 @@ CONVOLUTIONS = {
     "last, one channel": _case([(1, 48, 5, 33)], (1, 48, 3, 3), act="relu", pre_relu=True, **PADDED),
     "9x9": _case([(1, 3, 9, 10)], (64, 3, 9, 9), bias=(64,), padding=4),
 }  # fmt: skip
+
+
+def dense(
+    make: Make, n=1, height=12, width=9, growth=32, layers=2, last=3, outer=False, gain=1.0, outer_gain=1.0
+) -> tuple:
+    """The arguments of a `dense_block` of 64 channels in e4m3, whose branch is as large as what it is added to."""
+    grown = [64 + i * growth for i in range(layers)]
+    weights = [2 * make(growth, c, 3, 3) for c in grown] + [make(64, grown[-1] + growth, last, last)]
+    biases = [make(growth) for _ in grown] + [make(64)]
+    x, more = (make(n, 64, height, width) for _ in range(2))
+    return OPS["dense_block"]._bind((x, weights, biases, 0.2, gain, more if outer else None, outer_gain, True))
+
+
+FLOAT8 = {
+    "tiles": {"height": 33, "width": 18},
+    "outer": {"n": 2, "outer": True, "gain": 0.7, "outer_gain": 0.5},
+    "esrgan": {"height": 7, "layers": 4},
+    "one pixel": {"height": 1, "width": 1},
+    "rdn": {"growth": 64, "layers": 3, "last": 1},
+}
+
+
+def in_float64(op: Op, args: Any) -> torch.Tensor:
+    """The operator's definition in float64."""
+    return op.eager(*_replace(args, [t.double() for t in _tensors(args)]))

@@ -206,6 +206,9 @@ def test_work_of_a_network_counts_what_torch_counts():
     with FlopCounterMode(display=False) as counter, torch.no_grad(), PlainOperators():
         module(*inputs)
     assert work.gflop(work.layers(module, inputs)) == pytest.approx(counter.get_total_flops() / 1e9)
+    outside = work.layers(module, inputs)
+    with torch.inference_mode():  # as races are held
+        assert work.layers(module, inputs) == outside
 
 
 # Results.

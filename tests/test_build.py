@@ -67,15 +67,72 @@ def test_without_a_compiler_the_wheel_is_python_only_and_says_why(tmp_path, setu
     assert packages == {"fastsr", next(p for p in packages if p.endswith(".dist-info"))}
 
 
-def test_with_a_compiler_the_wheel_holds_the_library(tmp_path, setuptools):
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory, setuptools) -> Path:
+    """A wheel with compiled operators of the CPU, built against the torch of the tests."""
     if not sys.platform.startswith("linux") or shutil.which("g++") is None:
         pytest.skip("needs g++ on Linux")
-    compiler = tmp_path / "c++"  # as the real one, but without optimisation, which takes minutes
+    folder = tmp_path_factory.mktemp("wheel")
+    compiler = folder / "c++"  # as the real one, but without optimisation, which takes minutes
     compiler.write_text('#!/bin/sh\nfor a do shift; [ "$a" = -O3 ] && a=-O0; set -- "$@" "$a"; done; exec g++ "$@"\n')
     compiler.chmod(0o755)
-    name, files, printed = _wheel(tmp_path, CXX=str(compiler), FASTSR_CUDA="0")
-    assert "-py3-none-linux" in name, "one wheel serves every Python"
+    name, files, printed = _wheel(folder, CXX=str(compiler), FASTSR_CUDA="0")
     assert "fastsr/_C.so" in files, printed
+    return folder / name
+
+
+def test_one_wheel_serves_every_python(compiled):
+    assert "-py3-none-linux" in compiled.name
+
+
+ELSEWHERE = """
+import sys
+import torch, fastsr
+from fastsr import _cuda_engine, _library
+from fastsr.op import OPS
+assert fastsr.__file__.startswith(sys.argv[1]), fastsr.__file__
+assert _library.load() is None, _library.load()
+torch.manual_seed(0)
+def make(*shape):
+    t = torch.randn(shape)
+    return t.to(memory_format=torch.channels_last) / max(1, t[0].numel()) ** 0.5 if t.dim() == 4 else t
+for name in ("conv_act", "rcab", "dense_block"):
+    args = list(OPS[name].samples_of(make))[-1]
+    with fastsr.use("cpu"):
+        made = OPS[name](*args)
+    error = (made - OPS[name].eager(*OPS[name]._bind(args))).abs().max().item()
+    assert error < 1e-4, (name, error)
+    print(name, error)
+if sys.argv[2]:
+    torch.ops.load_library(sys.argv[2])
+    print("_cuda.so", list(torch.ops.fastsr_cuda.struct_sizes()), torch.ops.fastsr_cuda.has_sm90())
+"""
+
+
+def test_the_wheel_works_with_another_torch(compiled, tmp_path):
+    """And with another Python: FASTSR_OTHER_PYTHON names one that has a torch, NumPy, safetensors and Pillow."""
+    other = os.environ.get("FASTSR_OTHER_PYTHON")
+    if not other:
+        pytest.skip("FASTSR_OTHER_PYTHON names no other Python with a torch of its own")
+    install = [other, "-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", tmp_path, compiled]
+    subprocess.run(install, check=True)
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    asked = [other, "-c", "import sys, torch; print(torch.__version__, sys.version.split()[0])"]
+    version = subprocess.run(asked, capture_output=True, text=True, env=kept, check=True).stdout.strip()
+    cuda = LIBRARY.with_name("_cuda.so")
+    command = [
+        other,
+        "-W",
+        "error::DeprecationWarning:fastsr",
+        "-c",
+        ELSEWHERE,
+        tmp_path,
+        cuda if cuda.is_file() else "",
+    ]
+    environment = kept | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(f"built with torch {torch.__version__}, run with torch and Python {version}:\n{done.stdout}")
 
 
 def test_the_library_needs_nothing_of_libtorch_but_its_stable_abi():

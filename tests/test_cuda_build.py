@@ -22,6 +22,8 @@ from fastsr import _cuda_engine
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(fastsr.__file__).with_name("_cuda.so")
 REGISTERS = 65536  # of a multiprocessor
+MIRRORS = (_cuda_engine.ConvParams, _cuda_engine.GateParams, _cuda_engine.ScaleParams, _cuda_engine.ResidualEParams,
+           _cuda_engine.Float8Params)  # fmt: skip
 THREADS = {"conv_sm90_kernel": 384, "residual_e_kernel": 256}  # of a thread block; others are named in the kernel
 
 
@@ -92,9 +94,10 @@ def test_wgmma_is_neither_replaced_nor_serialized():
     if not torch.ops.fastsr_cuda.has_sm90():
         pytest.skip("built without 90a (FASTSR_CUDA_ARCHS)")
     found = kernels("conv_sm90")
-    assert len(found) == 8 and {arch for (arch, _), _ in found} == {"sm_90a"}
+    assert len(found) == 12 and {arch for (arch, _), _ in found} == {"sm_90a"}
     for key, counter in found:
-        assert counter["HGMMA"] > 0 and counter["HMMA"] == 0, key
+        used, unused = ("QGMMA", "HGMMA") if "fp8_e4m3" in key[1] else ("HGMMA", "QGMMA")
+        assert counter[used] > 0 and counter[unused] == counter["HMMA"] == 0, key
         assert counter["LDGSTS"] > 0 and counter["USETMAXREG"] == 2, key
         # ptxas serializes by waiting for everything after each product; we wait so once, at the end of a tile.
         assert counter["DEPBAR 0x0"] == 1 and counter["DEPBAR 0x1"] > 1, key
@@ -102,8 +105,7 @@ def test_wgmma_is_neither_replaced_nor_serialized():
 
 def test_the_library_loads_without_a_gpu_and_says_what_it_holds():
     assert _cuda_engine.load() is None
-    mirrors = (_cuda_engine.ConvParams, _cuda_engine.GateParams, _cuda_engine.ScaleParams, _cuda_engine.ResidualEParams)
-    assert torch.ops.fastsr_cuda.struct_sizes()[:4] == [ctypes.sizeof(m) for m in mirrors]
+    assert torch.ops.fastsr_cuda.struct_sizes()[:5] == [ctypes.sizeof(m) for m in MIRRORS]
     if not torch.cuda.is_available():
         assert _cuda_engine.missing() == "no CUDA device"
         with fastsr.use("cuda"), pytest.raises(RuntimeError, match="backend 'cuda' rejected: no CUDA device"):

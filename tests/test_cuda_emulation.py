@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import emulated
-from conftest import relative_error
-from cuda_cases import CONVOLUTIONS, FLOOR, convolution, maker
+from conftest import relative_error, rms_error
+from cuda_cases import CONVOLUTIONS, FLOAT8, FLOOR, convolution, dense, in_float64, maker
 from emulated import FAULTS, Emulated, KernelError
 from fastsr import _cuda_engine, _cuda_forms
 from fastsr._cuda_forms import SM80, SM90, Geometry, lower
 from fastsr.op import OPS, _replace, _tensors
 from fastsr.ops.conv_act import _defaults, conv_act
+from fastsr.recipes import Conv
 
 pytestmark = pytest.mark.emu
 
@@ -55,6 +56,23 @@ def test_operators(name, arch):
 @pytest.mark.parametrize("case", CONVOLUTIONS)
 def test_convolutions(case, arch):
     compare(conv_act, convolution(case, make), CAPABILITIES[arch])
+
+
+@pytest.mark.parametrize("arch", CAPABILITIES)
+@pytest.mark.parametrize(("factors", "height", "width"), [([2], 16, 20), ([3], 17, 12), ([2, 2], 9, 12)])
+def test_linear_tails_are_one_convolution_and_its_frame(factors, height, width, arch):
+    """Layer by layer maps of all features would be made in the size of the result; at the borders paddings show."""
+    shapes = [(16 * r * r, 16, 3, 3) for r in factors] + [(3, 16, 3, 3)]
+    weights, biases = [make(*s) for s in shapes], [make(s[0]) for s in shapes]
+    args = OPS["linear_tail"]._bind((make(1, 16, height, width), weights, biases))
+    runner = _cuda_engine.Runner(OPS["linear_tail"], *args, device=Emulated(CAPABILITIES[arch]))
+    convolutions = [s for s in runner.builder.recipe.steps if isinstance(s, Conv)]
+    assert len(convolutions) == 9 and all(c.weight.shape[-1] == 5 for c in convolutions)
+    made = compare(OPS["linear_tail"], args, CAPABILITIES[arch])
+    exact = OPS["linear_tail"].eager(*_replace(args, [t.double() for t in _tensors(args)]))
+    error, scale = (made.double() - exact).abs(), exact.square().mean().sqrt()
+    for border in (error[:, :, :4], error[:, :, -4:], error[..., :4], error[..., -4:]):
+        assert border.max() < 0.03 * scale
 
 
 @pytest.mark.parametrize("arch", CAPABILITIES)
@@ -128,21 +146,94 @@ def test_nan_spreads_as_far_as_it_should(arch):
     assert made.isnan()[0, :, 6:9, 7:10].all() and made.isnan().sum() == 64 * 9
 
 
+# Products of e4m3.
+
+
+@pytest.mark.parametrize("case", FLOAT8)
+def test_float8(case):
+    """Against float64 of the same rounded values, from which the result differs by the bfloat16 that it is stored in
+    and the few values that fall on the other side of a rounding; without rounding it would be far away."""
+    block, args = OPS["dense_block"], dense(make, **FLOAT8[case])
+    first, second = (emulated.run(block, args, Emulated((9, 0), seed=seed)) for seed in (0, 1))
+    assert torch.equal(first, second), "the order of threads changes the result: a race"
+    exact = in_float64(block, args)
+    assert rms_error(first, exact) < 3e-3 < 6e-3 < rms_error(exact, in_float64(block, [*args[:-1], False]))
+
+
+@pytest.mark.parametrize("height", [32, 16, 12, 8])
+def test_float8_in_every_width_of_wgmma(height):
+    block, args = OPS["dense_block"], dense(make, height=2 * height, width=16, growth=64, layers=1)
+    program = _cuda_engine.Runner(block, *args, device=Emulated((9, 0))).program
+    convolution = program[8 + ctypes.sizeof(_cuda_engine.Float8Params) :]
+    heights = {tile(convolution, multiprocessors)[0]: multiprocessors for multiprocessors in range(1, 200)}
+    assert height in heights, "no number of multiprocessors makes such tiles"
+    made = emulated.run(block, args, Emulated((9, 0), heights[height]))
+    assert rms_error(made, in_float64(block, args)) < 3e-3
+
+
+def test_float8_scales_follow_each_image():
+    """An image is the same in any batch, and as exact at any magnitude."""
+    block = OPS["dense_block"]
+    x, *rest = dense(make, 1)
+    rest[1] = [torch.zeros_like(b) for b in rest[1]]  # then powers of two only scale
+    images = torch.cat([x, x * 2**13, x * 0, x * 2**-13]).contiguous(memory_format=torch.channels_last)
+    made = emulated.run(block, (images, *rest), Emulated((9, 0)))
+    alone = emulated.run(block, (x, *rest), Emulated((9, 0), 7))
+    for image, factor in zip(made.split(1), (1, 2**13, 0, 2**-13), strict=True):
+        assert torch.equal(image, alone * factor)
+
+
+def test_float8_reads_a_slice_in_place():
+    block, (x, *rest) = OPS["dense_block"], dense(make)
+    big = torch.full((1, 20, 20, 96), torch.nan, dtype=x.dtype)
+    inner = big.permute(0, 3, 1, 2)[:, 16:80, 5 : 5 + x.shape[2], 3 : 3 + x.shape[3]]
+    made = emulated.run(block, (inner.copy_(x), *rest), Emulated((9, 0)))
+    assert torch.equal(made, emulated.run(block, (x, *rest), Emulated((9, 0))))
+    shifted = torch.zeros(1, 20, 20, 99, dtype=x.dtype).permute(0, 3, 1, 2)[:, :64]
+    why = _cuda_engine.unsuitable(block, (shifted, *rest), Emulated((9, 0)))
+    assert why == "float8 products of a map whose pixels are not 16-byte aligned"
+
+
+def test_float8_of_what_is_not_finite_or_too_large():
+    block, args = OPS["dense_block"], dense(make, 1, growth=64)
+    args[0][0, 5, 7, 4] = torch.nan
+    made = emulated.run(block, args, Emulated((9, 0)))
+    assert made.isnan()[0, :, 4:11, 1:8].all() and made.isnan().sum() == 64 * 49
+    x, weights, *rest = dense(make, 1)
+    args = (x, [weights[0] * 100, *weights[1:]], *rest)  # what grows is cut at 448 scales
+    assert rms_error(emulated.run(block, args, Emulated((9, 0))), in_float64(block, args)) < 3e-3
+
+
+def test_float8_is_refused_where_it_cannot_be():
+    unsuitable, block = _cuda_engine.unsuitable, OPS["dense_block"]
+    args = dense(make)
+    assert unsuitable(block, args, Emulated((8, 0))) == "float8 products on compute capability 8.0 (needs 9.0)"
+    assert "products of 64 -> 40 channels" in unsuitable(block, dense(make, 1, growth=40, layers=1), Emulated((9, 0)))
+    half = _replace(args, [t.half() for t in _tensors(args)])
+    assert "needs bfloat16" in unsuitable(block, half, Emulated((9, 0)))
+    assert block.reasons(*args)["cpu"] == "float8 products (they need a GPU of compute capability 9.0)"
+
+
 FOUND = {  # the faults that each main loop can have
     "sm80": ("copy wait", "divergent barrier", "syncthreads"),
     "sm90": ("named barrier", "mbarrier wait", "copy wait", "wgmma wait", "proxy fence", "wrong stride",
              "divergent barrier"),
+    "float8": ("named barrier", "mbarrier wait", "copy wait", "wgmma wait", "proxy fence", "wrong stride",
+               "divergent barrier", "syncthreads"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("arch", "fault"), [(a, f) for a, faults in FOUND.items() for f in faults])
 def test_planted_faults_are_found(arch, fault):
     """A test of the tests: each fault is reported, gives NaN or wrong numbers, or makes the seeds differ."""
-    args = convolution("several tiles", make)
-    sound = emulated.run(conv_act, args, Emulated(CAPABILITIES[arch]))
+    op, args = conv_act, convolution("several tiles", make)
+    if arch == "float8":
+        op, args = OPS["dense_block"], dense(make, 2)
+    capability = CAPABILITIES.get(arch, (9, 0))
+    sound = emulated.run(op, args, Emulated(capability))
     for seed in range(2):
         try:
-            made = emulated.run(conv_act, args, Emulated(CAPABILITIES[arch], seed=seed, fault=fault))
+            made = emulated.run(op, args, Emulated(capability, seed=seed, fault=fault))
         except KernelError:
             return
         if not torch.equal(made, sound):
@@ -155,9 +246,10 @@ def test_every_fault_is_planted_somewhere():
 
 
 def test_structures_are_mirrored():
-    sizes = (ctypes.c_int * 6)()
+    sizes = (ctypes.c_int * 7)()
     emulated.library().fastsr_cuda_struct_sizes(ctypes.byref(sizes))
-    mirrors = (_cuda_engine.ConvParams, _cuda_engine.GateParams, _cuda_engine.ScaleParams, _cuda_engine.ResidualEParams)
+    mirrors = (_cuda_engine.ConvParams, _cuda_engine.GateParams, _cuda_engine.ScaleParams, _cuda_engine.ResidualEParams,
+               _cuda_engine.Float8Params)  # fmt: skip
     assert list(sizes) == [*map(ctypes.sizeof, mirrors), 4 * (2 + 5 * 8), 4 * 9]
 
 

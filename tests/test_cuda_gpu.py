@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import fastsr
-from conftest import relative_error
-from cuda_cases import CONVOLUTIONS, FLOOR, convolution, maker
+from conftest import ROOT, relative_error, rms_error
+from cuda_cases import CONVOLUTIONS, FLOAT8, FLOOR, convolution, dense, in_float64, maker
 from fastsr import _cuda_engine
+from fastsr.evaluate import evaluate
 from fastsr.op import OPS, _replace, _tensors
 from fastsr.ops.conv_act import conv_act
 
@@ -65,6 +70,35 @@ def test_large_maps(size):
         compare(conv_act, ([make(n, 64, h, w)], weight, *rest))
 
 
+@pytest.fixture
+def hopper():
+    reason = _cuda_engine.float8_missing(torch.device("cuda", torch.cuda.current_device()))
+    if reason is not None:
+        pytest.skip(reason)
+
+
+@pytest.mark.parametrize("case", [*FLOAT8, "large"])
+def test_float8(case, hopper):
+    """Tensor cores sum e4m3 products with fewer bits than float32 has, hence the wider bound."""
+    block = fastsr.ops.dense_block
+    args = dense(maker(), **FLOAT8.get(case, {"n": 2, "height": 300, "width": 301, "layers": 4}))
+    there = _replace(args, [guarded(t) for t in _tensors(args)])
+    made = [block(*there).cpu() for _ in range(10)]
+    assert [c.backend for c in fastsr.explain(block, *there)] == ["cuda"]
+    assert all(torch.equal(m, made[0]) for m in made[1:]), "a race: the same call gives different bits"
+    exact = in_float64(block, args)
+    assert rms_error(made[0], exact) < 3e-3 + 0.3 * rms_error(exact, in_float64(block, [*args[:-1], False]))
+
+
+@pytest.mark.parametrize("name", ["rdn_small_x2", "esrgan_small_x2"])
+def test_float8_costs_at_most_a_tenth_of_a_decibel(name, hopper, shared):
+    network = fastsr.load(ROOT / "tests" / "weights" / f"{name}.safetensors").cuda()
+    low = fastsr.optimize(network, dtype=torch.float8_e4m3fn)
+    full, less = (evaluate(net, shared / "images" / "Set5", scale=2)["mean"]["psnr_y"] for net in (network, low))
+    print(f"{name}: {full:.2f} dB in float32, {less:.2f} with e4m3")
+    assert less > full - 0.1
+
+
 def test_a_graph_replays_a_call():
     make = maker()
     args = [t.cuda() if isinstance(t, torch.Tensor) else t for t in convolution("rcan", make)[1:]]
@@ -78,3 +112,21 @@ def test_a_graph_replays_a_call():
         out.zero_()
         graph.replay()
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer_finds_nothing(tool):
+    """On small cases, with an allocation for every tensor, so that writes beside one are seen too."""
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("needs compute-sanitizer, of the CUDA toolkit")
+    # Each main loop, with weights that stay in shared memory and that do not, and e4m3.
+    cases = ("several tiles", "32 outputs, odd height", "192 inputs, streamed", "groups", "last of 96, tiles")
+    tests = [f"{__file__}::test_convolutions[{case}-torch.bfloat16]" for case in cases]
+    tests += [f"{__file__}::test_float8[{case}]" for case in ("tiles", "rdn")]
+    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "pytest", "-q",
+               "-p", "no:cacheprovider", *tests]  # fmt: skip
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert f"{len(tests)} passed" in done.stdout or "skipped" in done.stdout, done.stdout

@@ -131,3 +131,77 @@ def test_not_a_number_stays_one():
     with fastsr.use("cpu"):
         made = linear_tail(x, weights, biases)
     assert made[0, :, :2, :2].isnan().all() and made[0, :, 14:, 14:].isfinite().all()
+
+
+TRITON = [(f, torch.float32) for f in ("x2", "x3", "x4", "x8")] + [("x4", torch.bfloat16), ("x4", torch.float16)]
+
+
+@pytest.mark.interp
+@pytest.mark.parametrize(("factors", "dtype"), TRITON, ids=str)
+def test_one_launch_by_triton(factors, dtype, monkeypatch):
+    device, factors = triton_device(), FACTORS[factors]
+    from fastsr.kernels.launch import Launch
+
+    launched = []
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (launched.append(self), run(self)))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    weights, biases = chain(factors, features=17, shift=True, dtype=torch.float32)
+    weights, biases = ([t.to(dtype).to(device) for t in given] for given in (weights, biases))
+    packing.freeze([*weights, *biases])
+    limit = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
+    sizes = [(2, 2, 2), (1, 2, 5), (1, 5, 3), (1, 13, 11)]
+    if dtype != torch.float32 or math.prod(factors) == 8:  # slow in the interpreter
+        sizes = sizes[2:3] if math.prod(factors) == 8 else sizes[3:]
+    for i, (n, height, width) in enumerate(sizes):
+        layout = torch.contiguous_format if i == 1 else torch.channels_last
+        x = image(n, 17, height, width, dtype).to(device).to(memory_format=layout)
+        exact = linear_tail.eager(x.double(), [w.double() for w in weights], [b.double() for b in biases], 0.7)
+        launched.clear()
+        with fastsr.use("triton"):
+            made = linear_tail(x, weights, biases, 0.7)
+        assert len(launched) == 1
+        frame = 2 * math.prod(factors)  # rows and columns that are near a border
+        near = (slice(frame), slice(None)), (slice(-frame, None), slice(None)), (slice(None), slice(-frame, None))
+        for part in ((slice(None), slice(None)), *near, (slice(frame), slice(frame))):
+            assert relative_error(made[(..., *part)], exact[(..., *part)]) < limit
+
+
+@pytest.mark.interp
+def test_triton_merges_what_is_frozen_and_can_be_merged(monkeypatch):
+    device = triton_device()
+    from fastsr.kernels.launch import Launch
+
+    launched = []
+    run = Launch.run
+    monkeypatch.setattr(Launch, "run", lambda self: (launched.append(self), run(self)))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    weights, biases = ([t.to(device) for t in given] for given in chain([2, 2], dtype=torch.float32))
+    x, line = (image(1, 4, h, 5, torch.float32).to(device) for h in (4, 1))
+    for given, launches in ((x, 3), (line, 3)):
+        launched.clear()
+        with fastsr.use("triton"):
+            assert relative_error(linear_tail(given, weights, biases), linear_tail.eager(given, weights, biases)) < 1e-5
+        assert len(launched) == launches
+    packing.freeze([*weights, *biases])
+    for change, given, launches in ((1.0, x, 1), (1.5, x, 1), (1.0, line, 3)):
+        launched.clear()
+        for t in weights:
+            t.mul_(change)  # by which what was packed is packed again
+        with fastsr.use("triton"):
+            assert relative_error(linear_tail(given, weights, biases), linear_tail.eager(given, weights, biases)) < 1e-5
+        assert len(launched) == launches
+
+
+def triton_device() -> str:
+    """Where Triton's kernels run: in its interpreter where there is no GPU."""
+    from fastsr import _triton
+
+    if _triton.missing() is not None:
+        pytest.skip(f"no Triton kernels here: {_triton.missing()}")
+    if not _triton.interpreted():
+        return "cuda"
+    import triton_interpreter
+
+    triton_interpreter.correct()
+    return "cpu"

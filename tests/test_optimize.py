@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastsr
-from conftest import parity_case, relative_error
+from conftest import parity_case, relative_error, rms_error
 from fastsr import _library
 from fastsr.op import is_channels_last
 
@@ -108,3 +108,27 @@ def test_any_module_and_clear_errors(model):
         fastsr.optimize("rcan.pth")
     with pytest.raises(TypeError, match=r"floating-point dtype; got torch\.int8"):
         fastsr.optimize(model, dtype=torch.int8)
+
+
+def test_float8_is_refused_with_a_reason(model):
+    with pytest.raises(ValueError, match=r"a network with float8_parts .* got CARNM?; use dtype=torch.bfloat16"):
+        fastsr.optimize(model, dtype=torch.float8_e4m3fn)
+    narrow = fastsr.create("esrgan", scale=2, features=16, growth=32, blocks=1)
+    with pytest.raises(ValueError, match=r"multiples of 32 channels .* got ESRGAN with a convolution 16 -> 32"):
+        fastsr.optimize(narrow, dtype=torch.float8_e4m3fn)
+    fitting = fastsr.create("rdn", D=1, C=1)
+    with pytest.raises(ValueError, match="GPU of compute capability 9.0 .* got RDN: cpu is no CUDA device; move"):
+        fastsr.optimize(fitting, dtype=torch.float8_e4m3fn)
+
+
+def test_float8_is_for_the_parts_that_a_network_names(monkeypatch):
+    monkeypatch.setattr(fastsr._cuda_engine, "float8_missing", lambda device: None)
+    network = fastsr.create("esrgan", scale=2, blocks=1)
+    low = fastsr.optimize(network, dtype=torch.float8_e4m3fn)
+    for made in (low, copy.deepcopy(low), pickle.loads(pickle.dumps(low)), fastsr.optimize(low)):
+        assert [b.float8 for b in made.modules() if hasattr(b, "float8")] == [True] * 3
+    for other in (network, fastsr.optimize(low, dtype=torch.bfloat16)):
+        assert not any(b.float8 for b in other.modules() if hasattr(b, "float8"))
+    x = torch.rand(1, 3, 8, 8)
+    error = rms_error(low(x), network(x))
+    assert low(x).dtype == torch.float32 and 0 < error < 0.05

@@ -281,6 +281,35 @@ def test_what_is_derived_is_kept_and_frozen_like_its_sources():
     assert packing.derived(double, p, 2).requires_grad
 
 
+def test_what_is_made_again_of_frozen_tensors_goes_into_the_same_buffers():
+    """A CUDA graph reads them. Tensors that are no longer the parameter's are left alone."""
+    p = nn.Parameter(torch.ones(3), requires_grad=False)
+    packing.freeze([p])
+
+    def made():
+        with packing.uses() as uses:
+            value = packing.kept("key", [p], lambda: (p.detach(), p * 2))
+        assert len(uses) == 1 and uses[0] is value
+        return value
+
+    itself, doubled = made()
+    for factor in (2, 3):
+        p.mul_(factor)
+        version = p._version
+        assert made()[0] is itself and made()[1] is doubled and torch.equal(doubled, p * 2)
+        assert p._version == version
+    p.data = torch.full((3,), 5.0)
+    assert made()[1] is not doubled and made()[1].tolist() == [10, 10, 10]
+    p.add_(1)
+    assert made()[1].tolist() == [12, 12, 12]
+    assert itself.tolist() == [6, 6, 6] and doubled.tolist() == [12, 12, 12]
+    with torch.inference_mode():
+        p.mul_(2)
+        kept = made()[1]
+    p.mul_(2)
+    assert made()[1] is kept and kept.tolist() == [48, 48, 48]
+
+
 # Given up.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import pytest
@@ -10,7 +11,9 @@ from torch import nn
 
 import fastsr
 from conftest import ROOT
+from fastsr import _float8
 from fastsr.evaluate import evaluate
+from fastsr.optimize import use_float8
 
 WEIGHTS = ROOT / "tests" / "weights"
 SET5 = {"rcan_small_x2": 35.97, "rdn_small_x2": 36.48, "esrgan_small_x2": 35.78}  # dB, luma, of tests/weights/README.md
@@ -46,3 +49,23 @@ def test_set5_is_kept_by_optimize(name, shared):
     found = {dtype: psnr(fastsr.optimize(model, dtype=dtype)) - expected for dtype in LOST}
     print(f"{name} on Set5: {expected:.4f} dB,", ", ".join(f"{d} {found[d]:+.5f}" for d in LOST))
     assert all(abs(change) <= LOST[dtype] for dtype, change in found.items()), found
+
+
+def with_float8(name: str, shared) -> float:
+    """Luma PSNR on Set5 with the network's `float8_parts` in e4m3. The definition rounds as the kernels do."""
+    low = copy.deepcopy(network(name))
+    use_float8(low, True)
+    return evaluate(low, shared / "images" / "Set5", scale=2)["mean"]["psnr_y"]
+
+
+@pytest.mark.parametrize("name", ["rdn_small_x2", "esrgan_small_x2"])
+def test_float8_costs_at_most_a_tenth_of_a_decibel(name, shared):
+    """What lets a network have `float8_parts`."""
+    psnr = with_float8(name, shared)
+    print(f"{name}: {psnr:.2f} dB with e4m3, {SET5[name]} in float32")
+    assert psnr > SET5[name] - 0.1
+
+
+def test_the_gate_of_float8_notices_a_wrong_scale(monkeypatch, shared):
+    monkeypatch.setattr(_float8, "MAPS", 11)  # the largest values are cut
+    assert with_float8("rdn_small_x2", shared) < SET5["rdn_small_x2"] - 0.1

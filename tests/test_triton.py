@@ -10,6 +10,7 @@ import importlib
 import itertools
 import random
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 import fastsr
 import triton_interpreter
 from conftest import parity_case, relative_error
-from fastsr import _triton, ops, recipes
+from fastsr import _tables, _triton, ops, recipes
 from fastsr.op import OPS, _replace, _tensors
 from fastsr.ops.conv_act import conv_shape
 from fastsr.recipes import Conv, View
@@ -319,12 +320,12 @@ def test_parity(name):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """What the rule says on a GPU, whose table the test gives; tensors stay on the CPU."""
-    table: dict = {}
+    """What the rule says on a GPU whose times the test gives; tensors stay on the CPU."""
+    times: dict = {}
     monkeypatch.setattr(_triton, "interpreted", lambda: False)
-    monkeypatch.setattr(_triton, "architecture", lambda device: "test")
-    monkeypatch.setattr(_triton, "tuned", lambda arch: table)
-    return table
+    monkeypatch.setattr(_triton, "identity", lambda device: _tables.Identity("Test", "test"))
+    monkeypatch.setattr(_tables, "tables", lambda device: (_tables.Table(Path("test.json"), "Test", {}, times),))
+    return times
 
 
 def conv_arguments(layout=torch.channels_last, dtype=torch.bfloat16, **options):
@@ -340,18 +341,19 @@ def test_the_rule_prefers_the_library_where_nothing_is_saved(gpu):
     assert advice(OPS["conv_act"], *conv_arguments(transposed=True, stride=2)) is None
     assert "channels_last" in advice(OPS["conv_act"], *conv_arguments(torch.contiguous_format, act="relu"))
     block = samples("rcab", dtype=torch.bfloat16, layout="channels_last")[3]
-    assert advice(OPS["rcab"], *block) is None
+    assert advice(OPS["rcab"], *OPS["rcab"]._bind(block)) is None
     torch.backends.cudnn.allow_tf32 = False
     assert "TF32" in advice(OPS["conv_act"], *conv_arguments(dtype=torch.float32, act="relu"))
     torch.backends.cudnn.allow_tf32 = True
     assert advice(OPS["conv_act"], *conv_arguments(dtype=torch.float32, act="relu")) is None
 
 
-def test_a_measured_choice_goes_before_the_rule(gpu):
+def test_measured_times_go_before_the_rule(gpu):
     op, plain, fused = OPS["conv_act"], conv_arguments(), conv_arguments(act="relu")
-    gpu["choices"] = {_triton.choice_key(op, plain): "triton", _triton.choice_key(op, fused): "eager"}
+    gpu[_triton.choice_key(op, plain)] = {"eager": 2.0, "triton": 1.0}
+    gpu[_triton.choice_key(op, fused)] = {"eager": 1.0, "triton": 2.0}
     assert _triton.advice(op, *plain) is None
-    assert _triton.advice(op, *fused) == "measured on this architecture: eager is faster"
+    assert _triton.advice(op, *fused) == "measured: 2.0 us, eager 1.0 us (test.json)"
 
 
 def test_a_tuned_configuration_is_used(monkeypatch):
@@ -362,21 +364,14 @@ def test_a_tuned_configuration_is_used(monkeypatch):
     monkeypatch.setattr(Launch, "run", lambda self: (seen.append(self), run(self)))
     shape = conv.Shape("float32", "ieee", 9, (64,), 64)
     tuned = {"BP": 256, "BC": 32, "BK": 16, "WEIGHTS_FIRST": 0, "num_warps": 8, "num_stages": 2}
-    monkeypatch.setattr(_triton, "tuned", lambda arch: {"configs": {shape.key(): tuned}})
+    table = _tables.Table(Path("test.json"), "", {}, configs={shape.key(): tuned})
+    monkeypatch.setattr(_tables, "tables", lambda device: (table,))
     x, weight = torch.randn(1, 64, 9, 9, device=DEVICE), torch.randn(64, 64, 3, 3, device=DEVICE)
     with fastsr.use("triton"):
         made = ops.conv_act([x], weight, None, padding=1)
     (launch,) = seen
     assert all(launch.args[name] == tuned[name] for name in ("BP", "BC", "BK")) and launch.options["num_warps"] == 8
     assert relative_error(made, ops.conv_act.eager([x], weight, None, padding=1)) < 1e-5
-
-
-def test_a_table_is_read_from_the_folder_of_the_package(tmp_path, monkeypatch):
-    (tmp_path / "tuned").mkdir()
-    (tmp_path / "tuned" / "sm99.json").write_text('{"choices": {"a": "eager"}}')
-    monkeypatch.setattr(_triton, "__file__", str(tmp_path / "_triton.py"))
-    assert _triton.tuned("sm99") == {"choices": {"a": "eager"}} and _triton.tuned("sm98") == {}
-    _triton.tuned.cache_clear()
 
 
 def test_the_interpreter_is_never_chosen_by_itself():

@@ -44,4 +44,4 @@ def test_kernels_of_the_networks(kind, capabilities):
 
 def test_twenty_sizes_of_an_image_are_one_kernel():
     (counts,) = output("sizes")
-    assert len(counts) == 10 and all(one == twenty for one, twenty in counts.values()), counts
+    assert len(counts) == 11 and all(one == twenty for one, twenty in counts.values()), counts

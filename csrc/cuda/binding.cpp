@@ -63,9 +63,9 @@ bool has_sm90() {
 }
 
 std::vector<std::int64_t> struct_sizes() {
-  int sizes[6];
+  int sizes[7];
   fastsr_cuda_struct_sizes(sizes);
-  return {sizes, sizes + 6};
+  return {sizes, sizes + 7};
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 
@@ -47,6 +48,19 @@ __device__ __forceinline__ __half from_float(float v) {
 template <typename T>
 struct alignas(16) Octet {
   T v[8];
+};
+
+// The same in e4m3.
+struct alignas(8) Float8Octet {
+  __nv_fp8x2_storage_t v[4];
+
+  // v * by, to the nearest; what is too large becomes the largest number.
+  __device__ __forceinline__ void set(const float (&from)[8], float by) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      v[e] = __nv_cvt_float2_to_fp8x2(float2{from[2 * e] * by, from[2 * e + 1] * by}, __NV_SATFINITE, __NV_E4M3);
+    }
+  }
 };
 
 #ifdef __CUDACC__

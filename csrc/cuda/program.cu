@@ -56,7 +56,8 @@ int run_step(const StepHead& head, const unsigned char* body, Resolver& resolve,
       ConvParams p;
       if (!read(body, head.bytes, p)) return kMalformed;
       for (Map& m : p.source) resolve(m);
-      resolve.all(p.out, p.skip[0], p.skip[1], p.factor, p.term, p.outer, p.scale, p.packed, p.table, p.partial);
+      resolve.all(p.out, p.skip[0], p.skip[1], p.factor, p.term, p.outer, p.scale, p.packed, p.table, p.partial,
+                  p.range);
       if (!resolve.good) return kMalformed;
       if (p.partial.data != 0) partials = tiles_of_image(p, tile_height(p, sms));
       return launch_conv(p, sms, stream);
@@ -82,6 +83,14 @@ int run_step(const StepHead& head, const unsigned char* body, Resolver& resolve,
       resolve.all(p.x, p.out, p.packed);
       return resolve.good ? launch_residual_e(p, stream) : kMalformed;
     }
+#if defined(FASTSR_SM90) || !defined(__CUDACC__)
+    case kFloat8Step: {
+      Float8Params p;
+      if (!read(body, head.bytes, p)) return kMalformed;
+      resolve.all(p.x, p.out, p.largest, p.range);
+      return resolve.good ? launch_float8(p, stream) : kMalformed;
+    }
+#endif
     default:
       return kMalformed;
   }
@@ -107,9 +116,9 @@ extern "C" int fastsr_cuda_run(const unsigned char* program, long long bytes, vo
   return 0;
 }
 
-extern "C" void fastsr_cuda_struct_sizes(int (&sizes)[6]) {
-  const int all[6] = {sizeof(ConvParams),      sizeof(GateParams), sizeof(ScaleParams),
-                      sizeof(ResidualEParams), sizeof(Block),      sizeof(Chunk)};
+extern "C" void fastsr_cuda_struct_sizes(int (&sizes)[7]) {
+  const int all[7] = {sizeof(ConvParams),   sizeof(GateParams), sizeof(ScaleParams), sizeof(ResidualEParams),
+                      sizeof(Float8Params), sizeof(Block),      sizeof(Chunk)};
   std::memcpy(sizes, all, sizeof all);
 }
 

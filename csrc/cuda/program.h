@@ -2,12 +2,13 @@
 #pragma once
 
 #include "cuda/conv/conv.h"
+#include "cuda/float8.h"
 #include "cuda/gate.h"
 #include "cuda/residual_e.h"
 
 namespace fastsr::cuda {
 
-enum StepKind : std::int32_t { kConvStep = 0, kGateStep = 1, kScaleStep = 2, kResidualEStep = 3 };
+enum StepKind : std::int32_t { kConvStep = 0, kGateStep = 1, kScaleStep = 2, kResidualEStep = 3, kFloat8Step = 4 };
 
 // A program is steps one after another, each this head and then the kind's parameters; `bytes` counts both.
 struct StepHead {
@@ -25,8 +26,8 @@ int fastsr_cuda_run(const unsigned char* program, long long bytes, void* const* 
                     void* stream);
 
 // Sizes of the parameter structs, for whoever mirrors them: ConvParams, GateParams, ScaleParams, ResidualEParams,
-// Block, Chunk.
-void fastsr_cuda_struct_sizes(int (&sizes)[6]);
+// Float8Params, Block, Chunk.
+void fastsr_cuda_struct_sizes(int (&sizes)[7]);
 
 // The tile that fastsr_cuda_run chooses for a ConvParams: height (grid rows), stages, resident (sm_90), shared bytes.
 void fastsr_cuda_tile(const unsigned char* conv, int sms, int (&tile)[4]);

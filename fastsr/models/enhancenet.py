@@ -98,9 +98,9 @@ class EnhanceNet(Network):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, 3, H, W) RGB in 0..1 -> (N, 3, 4 * H, 4 * W) in the same range, not clipped."""
-        mean = x.new_tensor(self.config.rgb_mean)
+        mean, minus_mean = packing.derived(_mean, self.Conv.weight, self.config.rgb_mean)
         # the mean is subtracted on load, so that the zero padding stays zero
-        y = self.Conv(x, pre_shift=packing.derived(_minus, self.Conv.weight, self.config.rgb_mean))
+        y = self.Conv(x, pre_shift=minus_mean)
         layers = [getattr(self, f"Conv_{n}") for n in range(1, 2 * self.config.blocks + 5)]
         blocks, end = layers[:-4], layers[-4:]
         for a, b in zip(blocks[::2], blocks[1::2], strict=True):
@@ -114,5 +114,7 @@ class EnhanceNet(Network):
         return resize_bicubic(x, h * r, w * r, float(r), float(r), "tf1")
 
 
-def _minus(like: Tensor, values: tuple[float, ...]) -> Tensor:
-    return -like.new_tensor(values)
+def _mean(like: Tensor, values: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """The mean and its negative, in the dtype and on the device of the weights."""
+    mean = like.new_tensor(values)
+    return mean, -mean

@@ -56,6 +56,8 @@ class ESRGANConfig:
 class DenseBlock(nn.Module):
     """ESRGAN's residual dense block: x + 0.2 * conv5([x, g1, .., g4])."""
 
+    float8 = False
+
     def __init__(self, features: int, growth: int) -> None:
         super().__init__()
         for n in range(1, DENSE_LAYERS):
@@ -65,7 +67,8 @@ class DenseBlock(nn.Module):
     def forward(self, x: Tensor, outer: Tensor | None = None) -> Tensor:
         """x, outer: (N, features, H, W). With `outer` the result is outer + 0.2 * (the block's)."""
         layers = [getattr(self, f"conv{n}") for n in range(1, DENSE_LAYERS + 1)]
-        return dense_block(x, [c.weight for c in layers], [c.bias for c in layers], SLOPE, GAIN, outer, GAIN)
+        return dense_block(x, [c.weight for c in layers], [c.bias for c in layers], SLOPE, GAIN, outer, GAIN,
+                           self.float8)  # fmt: skip
 
 
 class RRDB(nn.Module):
@@ -89,6 +92,7 @@ class ESRGAN(Network):
         "basicsr": ("conv_first.weight", "body.0.rdb1.conv1.weight", "conv_body.weight"),
         "old": ("model.0.weight", "model.1.sub.0.RDB1.conv1.0.weight"),
     }
+    float8_parts = ("RRDB_trunk",)
 
     def __init__(self, config: ESRGANConfig) -> None:
         super().__init__(config)

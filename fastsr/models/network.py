@@ -50,6 +50,8 @@ class Network(nn.Module):
             where the network would else be less exact than torch's autocast. Winograd's F(2x2, 3x3) in bfloat16, the
             alternative, takes as long as F(4x4, 3x3) in float32.
         float_maps: in that mode the maps within operators stay float32 as well. It costs traffic, but no arithmetic.
+        float8_parts: names of modules whose blocks (modules with an attribute `float8`) may multiply in e4m3: where it
+            costs at most 0.1 dB on trained weights. `fastsr.optimize(dtype=torch.float8_e4m3fn)` makes them do so.
         split: a part of the network has to see the whole image: it is `local_part` of `global_part`.
 
     `origin` is what `load` made it from; None for a network that was created.
@@ -65,6 +67,7 @@ class Network(nn.Module):
     colour: ClassVar[str] = "rgb"
     careful: ClassVar[tuple[str, ...]] = ()
     float_maps: ClassVar[bool] = False
+    float8_parts: ClassVar[tuple[str, ...]] = ()
     split: ClassVar[bool] = False
     origin: Origin | None = None
 

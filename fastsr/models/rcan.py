@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastsr import packing
 from fastsr.models.network import RGB_MEAN, Network, State, colour_shift, indices, pad_to_multiple, upsampler_scale
 from fastsr.nn import ConvAct, MeanShift, chain, numbered, tail, upsampler
 from fastsr.ops import rcab
@@ -307,12 +308,21 @@ class RCANBasicSR(Network):
 
     def global_part(self, x: Tensor) -> Tensor:
         """Everything at the image's size: each block's gate is an average over all of it."""
-        range_, mean = self.config.img_range, x.new_tensor(self.config.rgb_mean)
         # (x - mean) * range on load, so that the zero padding stays zero
-        skip = self.conv_first(x, pre_scale=torch.full_like(mean, range_), pre_shift=-mean * range_)
+        scale, shift, _ = self._colour()
+        skip = self.conv_first(x, pre_scale=scale, pre_shift=shift)
         return self.conv_after_body(chain(self.body, skip), skip=skip)
 
     def local_part(self, features: Tensor, scale: int) -> Tensor:
         """The upsampler."""
         y = tail([*self.upsample.values(), self.conv_last], features, gain=1 / self.config.img_range)
-        return y + y.new_tensor(self.config.rgb_mean)[:, None, None]
+        return y + self._colour()[2][:, None, None]
+
+    def _colour(self) -> tuple[Tensor, Tensor, Tensor]:
+        """img_range, -rgb_mean * img_range and rgb_mean, a number for each colour, where the weights are."""
+        return packing.derived(_colour, self.conv_first.weight, self.config.img_range, self.config.rgb_mean)
+
+
+def _colour(like: Tensor, range_: float, values: tuple[float, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    mean = like.new_tensor(values)
+    return torch.full_like(mean, range_), -mean * range_, mean

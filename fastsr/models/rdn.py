@@ -118,13 +118,15 @@ class DenseLayer(nn.Module):
 class DenseBlock(nn.Module):
     """The paper's residual dense block, with EDSR-PyTorch's keys."""
 
+    float8 = False
+
     def __init__(self, width: int, growth: int, layers: int) -> None:
         super().__init__()
         self.convs = nn.ModuleList(DenseLayer(width + n * growth, growth) for n in range(layers))
         self.LFF = ConvAct(width + layers * growth, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return residual_dense(x, [*(layer.conv["0"] for layer in self.convs), self.LFF])
+        return residual_dense(x, [*(layer.conv["0"] for layer in self.convs), self.LFF], self.float8)
 
 
 class PlainLayer(nn.Module):
@@ -138,18 +140,20 @@ class PlainLayer(nn.Module):
 class PlainBlock(nn.Module):
     """The paper's residual dense block, with yjn870's keys."""
 
+    float8 = False
+
     def __init__(self, width: int, layers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(PlainLayer(width * (n + 1), width) for n in range(layers))
         self.lff = ConvAct(width * (layers + 1), width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return residual_dense(x, [*(layer.conv for layer in self.layers), self.lff])
+        return residual_dense(x, [*(layer.conv for layer in self.layers), self.lff], self.float8)
 
 
-def residual_dense(x: Tensor, layers: list[ConvAct]) -> Tensor:
+def residual_dense(x: Tensor, layers: list[ConvAct], float8: bool) -> Tensor:
     """x + fusion of x and everything the layers grow; the last layer is the 1x1 fusion."""
-    return dense_block(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
+    return dense_block(x, [c.weight for c in layers], [c.bias for c in layers], float8=float8)
 
 
 def dense_features(
@@ -196,6 +200,7 @@ class RDN(Network):
     Config: type = RDNConfig
     dialects = {"edsr": ("SFENet1.weight", "SFENet2.weight", "RDBs.0.convs.0.conv.0.weight", "GFF.0.weight")}
     hints = ("rgb_range",)
+    float8_parts = ("RDBs",)
 
     mean_shift: ClassVar[bool] = False
 
@@ -309,6 +314,7 @@ class RDNPlain(Network):
     name = "rdn_plain"
     Config = RDNPlainConfig
     dialects = {"yjn870": ("sfe1.weight", "sfe2.weight", "rdbs.0.layers.0.conv.weight", "gff.0.weight")}
+    float8_parts = ("rdbs",)
 
     def __init__(self, config: RDNPlainConfig) -> None:
         super().__init__(config)

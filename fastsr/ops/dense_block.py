@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastsr import _float8
 from fastsr.op import empty_image, expect, expect_alike, op
 from fastsr.recipes import Conv, Recipe, View
 
@@ -21,6 +22,7 @@ def dense_block(
     gain: float = 1.0,
     outer: Tensor | None = None,
     outer_gain: float = 1.0,
+    float8: bool = False,
 ) -> Tensor:
     """x + gain * last([x, g1, .., gk]) where g1 = act(conv1(x)), g2 = act(conv2([x, g1])), and so on.
 
@@ -30,7 +32,12 @@ def dense_block(
     x, outer: (N, C, H, W). weights: k + 1 of (Gi, C + G1 + .. + G(i-1), s, s) with odd s; the last has C outputs and
     no activation. biases: one a weight, (Gi,). slope: of the leaky ReLU, 0 for ReLU. The result has the shape and
     layout of x. Raises ValueError.
+
+    float8: convolutions multiply in e4m3 and sum in more. Weights have a scale for each output; x and what the layers
+    grow have one for each image, with room for g1, .., gk 28 times larger than x. What is added stays as it is.
     """
+    if float8:
+        return _eager_float8(x, weights, biases, slope, gain, outer, outer_gain)
     features = [x]
     for weight, bias in zip(weights[:-1], biases[:-1]):
         y = F.conv2d(torch.cat(features, 1), weight, bias, padding=weight.shape[-1] // 2)
@@ -40,8 +47,27 @@ def dense_block(
     return y if outer is None else outer + y * outer_gain
 
 
+def _eager_float8(
+    x: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor],
+    slope: float,
+    gain: float,
+    outer: Tensor | None,
+    outer_gain: float,
+) -> Tensor:
+    by = _float8.scale(x, (1, 2, 3), _float8.MAPS)
+    weights = [_float8.through(w, _float8.scale(w, (1, 2, 3), _float8.WEIGHTS)) for w in weights]
+    features = [_float8.through(x, by)]
+    for weight, bias in zip(weights[:-1], biases[:-1]):
+        y = F.conv2d(torch.cat(features, 1), weight, bias, padding=weight.shape[-1] // 2)
+        features.append(_float8.through(F.leaky_relu(y, slope) if slope else F.relu(y), by))
+    y = x + gain * F.conv2d(torch.cat(features, 1), weights[-1], biases[-1], padding=weights[-1].shape[-1] // 2)
+    return y if outer is None else outer + y * outer_gain
+
+
 @dense_block.check
-def _(x, weights, biases, slope, gain, outer, outer_gain):
+def _(x, weights, biases, slope, gain, outer, outer_gain, float8):
     expect(x.dim() == 4, "x is (N, C, H, W)", x=x)
     expect(len(weights) >= 2 and len(biases) == len(weights), "two weights or more and as many biases",
            weights=len(weights), biases=len(biases))  # fmt: skip
@@ -58,12 +84,12 @@ def _(x, weights, biases, slope, gain, outer, outer_gain):
 
 
 @dense_block.alloc
-def _(x, weights, biases, slope, gain, outer, outer_gain):
+def _(x, weights, biases, slope, gain, outer, outer_gain, float8):
     return empty_image(x, x.shape)
 
 
 @dense_block.recipe
-def _(x, weights, biases, slope, gain, outer, outer_gain):
+def _(x, weights, biases, slope, gain, outer, outer_gain, float8):
     # x stays where it is; only what the layers grow is in the workspace, each layer beside the one before
     n, _, h, w = x.shape
     starts = [0, *accumulate(weight.shape[0] for weight in weights[:-1])]
@@ -79,7 +105,7 @@ def _(x, weights, biases, slope, gain, outer, outer_gain):
             steps.append(Conv(sources, weight, bias, View("out"), padding=padding, gain=gain, skip=View("x"),
                               outer=None if outer is None else View("outer"), outer_gain=outer_gain))  # fmt: skip
     inputs = {"x": x} if outer is None else {"x": x, "outer": outer}
-    return Recipe(inputs, {"grown": (n, starts[-1], h, w), "out": tuple(x.shape)}, tuple(steps))
+    return Recipe(inputs, {"grown": (n, starts[-1], h, w), "out": tuple(x.shape)}, tuple(steps), float8=float8)
 
 
 @dense_block.samples

@@ -163,12 +163,14 @@ def _placement(reach: int, r: int) -> Tensor:
     return place
 
 
-def merged_recipe(x: Tensor, weights: list[Tensor], biases: list[Tensor], gain: float) -> Recipe:
+def merged_recipe(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor], gain: float, dtype: torch.dtype | None = None
+) -> Recipe:
     """One convolution for all pixels, then one for those of each border and corner, whose results replace the first's.
-    See `unmergeable`."""
+    Weights and biases have the dtype that `merge` gives them, or this one. See `unmergeable`."""
     n, _, h, w = x.shape
     scale, colours = math.prod(shuffles_of(weights)), weights[-1].shape[0]
-    kernels, merged_biases = merge(weights, biases)
+    kernels, merged_biases = (t if t is None or dtype is None else t.to(dtype) for t in merge(weights, biases))
     reach = kernels.shape[-1] // 2
     buffers, steps = {"out": (n, colours, h * scale, w * scale)}, []
 

@@ -16,6 +16,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <setjmp.h>
 #include <ucontext.h>
 #include <vector_functions.h>
@@ -293,15 +294,16 @@ inline bool writes_shared(const void* to) {
   return true;
 }
 
-// Eight elements of a wgmma operand.
-template <typename T>
-void wgmma_read(std::size_t at, float (&v)[8]) {
+// The 16 bytes of a wgmma operand that belong to one row of a core matrix.
+template <typename T, int kCount>
+void wgmma_read(std::size_t at, float (&v)[kCount]) {
   State& s = state();
   if (at + 16 > s.shared_bytes) return report("wgmma reads beyond shared memory");
   if (s.unfenced[at / 16]) return report("wgmma reads what was written without fence.proxy.async");
-  T raw[8];
+  T raw[kCount];
+  static_assert(sizeof raw == 16);
   std::memcpy(raw, s.shared + at, 16);
-  for (int e = 0; e < 8; ++e) v[e] = static_cast<float>(raw[e]);
+  for (int e = 0; e < kCount; ++e) v[e] = static_cast<float>(raw[e]);
 }
 
 }  // namespace emulation
@@ -461,7 +463,9 @@ struct Wgmma {
   }
 
  private:
-  static void read_row(std::uint64_t operand, int row, float (&v)[2][8]) {
+  static constexpr int kHalf = 16 / sizeof(T);  // of K
+
+  static void read_row(std::uint64_t operand, int row, float (&v)[2][kHalf]) {
     const std::size_t start = (operand & 0x3fff) << 4, leading = (operand >> 16 & 0x3fff) << 4,
                       stride = (operand >> 32 & 0x3fff) << 4;
     for (int k = 0; k < 2; ++k) emulation::wgmma_read<T>(start + row / 8 * stride + k * leading + row % 8 * 16, v[k]);
@@ -469,14 +473,14 @@ struct Wgmma {
 
   static void product(float* d, std::uint64_t a, std::uint64_t b, int thread) {
     const int lane = thread % 32;
-    float rows[2][2][8], column[2][8];
+    float rows[2][2][kHalf], column[2][kHalf];
     for (int h = 0; h < 2; ++h) read_row(a, thread / 32 * 16 + lane / 4 + 8 * h, rows[h]);
     for (int j = 0; j < kN / 8; ++j) {
       for (int e = 0; e < 2; ++e) {
         read_row(b, j * 8 + lane % 4 * 2 + e, column);
         for (int h = 0; h < 2; ++h) {
           float sum = 0;
-          for (int k = 0; k < 16; ++k) sum += rows[h][k / 8][k % 8] * column[k / 8][k % 8];
+          for (int k = 0; k < 2 * kHalf; ++k) sum += rows[h][k / kHalf][k % kHalf] * column[k / kHalf][k % kHalf];
           d[j * 4 + h * 2 + e] += sum;
         }
       }

@@ -4,6 +4,10 @@
 //
 // Maps are stored N, H, W, C in bfloat16 or float16 with any strides but that of the channels, which is 1.
 //
+// Where `range` is given, products are of e4m3 (sm_90 only). Sources and weights then hold pairs of neighbouring
+// channels where else they hold one, and channels of theirs are counted in pairs; so nothing else on the way to the
+// product differs. The weights' scales, one a row, stand in the place of slopes. What is added is of the maps' type.
+//
 // Every convolution of the networks is brought into one form. The *grid* is the set of positions that one pass
 // computes; a position's tile is 8 wide. An output *block* is up to 64 rows of weights, in octets of eight channels,
 // and each octet says to which pixel of the position's cell it goes: so phases of a transposed or upsampled
@@ -62,6 +66,7 @@ struct ConvParams {
   Map packed;   // weight tiles, then bias[blocks * rows], slope[blocks * rows], pre_scale[k], pre_shift[k]
   Map table;    // Block[blocks], Chunk[chunks], int32 taps
   Map partial;  // float32 (n, tiles, channels): sums of what was stored, a tile at a time
+  Map range;    // float32 (n): the scale of the e4m3 maps of an image; none: products are of the maps' type
   std::int32_t type, arch;
   std::int32_t n, grid_h, grid_w;
   std::int32_t in_h, in_w, step_in;                // of every source
@@ -75,6 +80,7 @@ struct ConvParams {
   std::int32_t channels;                           // of the output map
   std::int32_t skip_split;                         // channels of the first of two skips
   std::int32_t act, post_relu, has_pre, pre_relu, pre_count, has_bias, scale_is_float;
+  std::int32_t float8_out;             // the result is stored as e4m3, by the image's scale
   std::int32_t vector_in, vector_out;  // whether every octet of the sources (of the epilogue's maps) is 16-byte aligned
   float slope, gain, skip_gain, outer_gain;
 };

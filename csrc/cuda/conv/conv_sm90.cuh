@@ -18,9 +18,12 @@
 
 namespace fastsr::cuda {
 
-template <typename T_, int kHeight_>
+// T: of the maps. Product: of the operands, T or e4m3.
+template <typename T_, typename Product_, int kHeight_>
 struct Sm90Traits {
   using T = T_;
+  using Product = Product_;
+  static constexpr bool kFloat8 = sizeof(Product) == 1;
   static constexpr int kHeight = kHeight_;
   static constexpr int kN = 8 * kHeight;
   static constexpr int kAcc = kN / 2;
@@ -113,7 +116,7 @@ __device__ __forceinline__ void load_tiles(const ConvParams& p, const Sm90Plan& 
 
 // The products of one chunk. wgmma wants straight code between fence and commit, hence one group of kSteps products a
 // tap; two groups are under way at a time. Calls `done` when what came before this chunk has been read.
-template <typename T, int kN, int kSteps, typename Done>
+template <typename Product, int kN, int kSteps, typename Done>
 __device__ __forceinline__ void multiply(float (&acc)[kN / 2], std::uint64_t a, std::uint64_t b,
                                          const std::int32_t* taps, int count, int b_step, const Done& done) {
   int offset = taps[0];
@@ -123,7 +126,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kN / 2], std::uint64_t a, 
     wgmma_fence();
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
-      Wgmma<T, kN>::run(acc, a + step * (kTileBytes / 16), start + step * b_step);
+      Wgmma<Product, kN>::run(acc, a + step * (kTileBytes / 16), start + step * b_step);
     }
     wgmma_commit();
     wgmma_wait<1>();
@@ -177,13 +180,13 @@ __device__ __forceinline__ void compute_tiles(const ConvParams& p, const Sm90Pla
       };
       switch (p.steps) {
         case 1:
-          multiply<T, Traits::kN, 1>(acc, a, b, tap, taps, 2 * plane / 16, done);
+          multiply<typename Traits::Product, Traits::kN, 1>(acc, a, b, tap, taps, 2 * plane / 16, done);
           break;
         case 2:
-          multiply<T, Traits::kN, 2>(acc, a, b, tap, taps, 2 * plane / 16, done);
+          multiply<typename Traits::Product, Traits::kN, 2>(acc, a, b, tap, taps, 2 * plane / 16, done);
           break;
         default:
-          multiply<T, Traits::kN, 4>(acc, a, b, tap, taps, 2 * plane / 16, done);
+          multiply<typename Traits::Product, Traits::kN, 4>(acc, a, b, tap, taps, 2 * plane / 16, done);
       }
       previous = ring.stage();
       ring.next();
@@ -193,7 +196,7 @@ __device__ __forceinline__ void compute_tiles(const ConvParams& p, const Sm90Pla
     if (tile_index >= tiles) continue;
 
     const TilePlace tile = tile_place(p, tile_index, Traits::kHeight);
-    const Epilogue<T> epilogue(p, block_index, octet, tile.n);
+    const Epilogue<T, Traits::kFloat8> epilogue(p, block_index, octet, tile.n);
     float sums[8] = {};
     for (int pass = 0; pass < Traits::kPasses; ++pass) {
       named_barrier(barrier, Traits::kGroup);  // the staging buffer has been read
@@ -278,9 +281,9 @@ __global__ void __launch_bounds__(Traits::kThreads, 1)
   }
 }
 
-template <typename T, int kHeight>
+template <typename T, typename Product, int kHeight>
 int launch_sm90(const ConvParams& p, const Sm90Plan& plan, void* stream) {
-  using Traits = Sm90Traits<T, kHeight>;
+  using Traits = Sm90Traits<T, Product, kHeight>;
   return launch(conv_sm90_kernel<Traits>, dim3(plan.grid), Traits::kThreads, plan.shared_bytes, stream, p, plan);
 }
 

@@ -7,12 +7,14 @@
 
 namespace fastsr::cuda {
 
-template <typename T>
+// kFloat8: of sums of e4m3 products.
+template <typename T, bool kFloat8 = false>
 struct Epilogue {
   const ConvParams& p;
   OctetPlace place;
   int n;
   float bias[8], slope[8], scale[8];
+  float unit[8];  // what the sums count in
 
   // octet: of block `block`; n: the image.
   __device__ __forceinline__ Epilogue(const ConvParams& p, int block, int octet, int n) : p(p), n(n) {
@@ -23,6 +25,7 @@ struct Epilogue {
     for (int e = 0; e < 8; ++e) {
       bias[e] = p.has_bias ? to_float(rows[e]) : 0.0f;
       slope[e] = p.act == kPrelu ? to_float(rows[p.blocks * p.rows + e]) : p.slope;
+      unit[e] = kFloat8 ? to_float(rows[p.blocks * p.rows + e]) * range() : 1.0f;
       scale[e] = p.gain;
       if (p.scale.data != 0 && e < place.valid) {
         const std::int64_t at = n * p.scale.image + place.channel + e;
@@ -30,6 +33,11 @@ struct Epilogue {
                                      : to_float(reinterpret_cast<const T*>(p.scale.data)[at]);
       }
     }
+  }
+
+  // The scale of the image's e4m3 maps.
+  __device__ __forceinline__ float range() const {
+    return reinterpret_cast<const float*>(p.range.data)[n];
   }
 
   __device__ __forceinline__ std::int64_t offset(const Map& m, int y, int x, int channel) const {
@@ -73,7 +81,7 @@ struct Epilogue {
     float other[8], term[8];
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
-      const float z = v[e] + bias[e];
+      const float z = kFloat8 ? v[e] * unit[e] + bias[e] : v[e] + bias[e];
       const float below = p.act == kRelu ? 0.0f : z * slope[e];
       v[e] = (z < 0.0f ? below : z) * scale[e];  // a NaN is not below zero, so it stays
     }
@@ -96,6 +104,14 @@ struct Epilogue {
       read(p.outer, y, x, place.channel, other);
 #pragma unroll
       for (int e = 0; e < 8; ++e) v[e] = other[e] + p.outer_gain * v[e];
+    }
+    if constexpr (kFloat8) {
+      if (p.float8_out) {
+        Float8Octet o;
+        o.set(v, 1.0f / range());
+        *reinterpret_cast<Float8Octet*>(p.out.data + offset(p.out, y, x, place.channel)) = o;
+        return;
+      }
     }
     Octet<T> o;
 #pragma unroll
