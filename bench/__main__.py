@@ -1,5 +1,6 @@
-"""`python -m bench report` draws what was measured; `compare --base REV` measures against a commit; `tune` measures
-which kernels are fastest on this GPU, and writes the table of its architecture, to be committed."""
+"""`python -m bench report` draws what was measured; `profile` says where the time of a network goes on a CPU;
+`compare --base REV` measures against a commit; `tune` measures which kernels are fastest on this GPU, and writes the
+table of its architecture, to be committed."""
 
 from __future__ import annotations
 
@@ -14,9 +15,10 @@ import torch
 import fastsr
 from bench import results, timing
 from bench.compare import compare, resolve
-from bench.goals import verdicts
+from bench.goals import OWN, verdicts
 from bench.networks import CASES, ROOT, build, inputs_of
 from bench.peers import OURS
+from bench.profile import lines_of, profile
 from bench.report import write
 from fastsr import _tables, _triton
 from fastsr import tune as tuning
@@ -42,6 +44,11 @@ def parser() -> argparse.ArgumentParser:
     )
     change.add_argument("-p", "--peer", action="append", choices=[p.name for p in OURS], help="default: fastsr-f32")
     change.add_argument("--seconds", type=float, default=20.0, help="for each network, size and peer; default: 20")
+    inside = commands.add_parser("profile", help="where the time of a network goes on a CPU; rows for the report")
+    inside.add_argument("-n", "--network", action="append", choices=CASES, help="several are possible; default: all")
+    inside.add_argument("-s", "--size", type=int, help="of the small image; default: that of the goals")
+    inside.add_argument("-p", "--peer", action="append", choices=OWN.values(), help="default: both")
+    inside.add_argument("--lines", type=int, default=8, help="how many to print of each; default: 8")
     tuning = commands.add_parser("tune", help="write fastsr/tuned/<arch>.json: which kernels are fastest on this GPU")
     tuning.add_argument("-n", "--network", action="append", choices=CASES, help="several are possible; default: all")
     tuning.add_argument(
@@ -83,6 +90,20 @@ def change(args: argparse.Namespace) -> None:
               f"{c.speedup:8.2f}x   {low:.2f} to {high:.2f}", flush=True)  # fmt: skip
 
 
+def inside(args: argparse.Namespace) -> None:
+    """Prints the longest steps of each network, and appends a row for each to this machine's results."""
+    for name in args.network or CASES:
+        for engine in args.peer or OWN.values():
+            row = profile(name, args.size, engine)
+            results.append([row])
+            lines = lines_of(row)
+            print(f"{name} {row.sample} {engine}: {row.extra['ms']:.1f} ms, steps {sum(x.ms for x in lines):.1f} ms")
+            for x in lines[: args.lines]:
+                print(
+                    f"  {x.ms:8.2f} ms  {x.count:4} times  {x.gflop / x.ms * 1e3:7.0f} GFLOP/s  {x.label}", flush=True
+                )
+
+
 def tune(args: argparse.Namespace) -> None:
     """Adds to the committed table what is not in it yet; prints a line for each network, size and dtype."""
     if not torch.cuda.is_available():
@@ -105,7 +126,7 @@ def main() -> int:
     """Runs a command; a ValueError, FileNotFoundError or RuntimeError is a message on stderr and the status 1."""
     args = parser().parse_args()
     try:
-        {"report": report, "compare": change, "tune": tune}[args.command](args)
+        {"report": report, "profile": inside, "compare": change, "tune": tune}[args.command](args)
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         print(f"python -m bench {args.command}: {error}", file=sys.stderr)
         return 1

@@ -14,6 +14,7 @@ from bench import charts, goals
 from bench.goals import Table, below_eager, time_of, verdicts, working_memory
 from bench.networks import CASES, ROOT, SCALE
 from bench.peers import KERNELS, PEERS
+from bench.profile import lines_of
 from bench.results import Row, latest
 
 if TYPE_CHECKING:
@@ -174,6 +175,29 @@ def _latency_lines(rows: Sequence[Row]) -> list[tuple[str, Sequence[str | Cell]]
     ]  # fmt: skip
 
 
+def _profile_lines(rows: Sequence[Row]) -> list[tuple[str, Sequence[str | Cell]]]:
+    """The longest steps of each profile, until nine tenths of the time are told; then what no step takes."""
+    ceilings = ceilings_of(rows)
+    table: list[tuple[str, Sequence[str | Cell]]] = []
+    for row in sorted((r for r in rows if r.kind == "profile"), key=lambda r: (list(CASES).index(r.name), r.engine)):
+        lines, whole = lines_of(row), row.extra["ms"]
+        ceiling, told = ceilings.get(PEERS[row.engine].dtype), 0.0
+        floor = sum(x.floor_gflop for x in lines) / ceiling * 1e3 if ceiling else None
+        steps = sum(x.ms for x in lines)
+        title = f"{charts.TITLES[row.name]} {row.sample} {row.engine}"
+        table.append(("first ours", [title, "", f"{whole:.1f}", "", "", of(floor, ".1f")]))
+        for x in lines:
+            if told < 0.9 * steps:
+                least = x.floor_gflop / ceiling * 1e3 if ceiling and x.gflop else None
+                rate = x.gflop / x.ms * 1e3 if x.gflop else None
+                cells = [str(x.count), f"{x.ms:.1f}", f"{x.ms / whole:.0%}", of(rate, ".0f"), of(least, ".1f")]
+                table.append(("", [Cell(x.label, "text"), *cells]))
+            told += x.ms
+        rest = whole - steps
+        table.append(("", [Cell("outside of steps", "text"), "", f"{rest:.1f}", f"{rest / whole:.0%}", "", ""]))
+    return table
+
+
 def figures(rows: Sequence[Row]) -> dict[str, Figure]:
     """The charts that the rows have something for, by file name without its ending."""
     ceilings = ceilings_of(rows)
@@ -236,6 +260,7 @@ def page(rows: Sequence[Row], pictures: dict[str, bytes], base: Sequence[Row] = 
                                    "output"), _memory_lines(rows), "memory"),
         ("First calls, ms", ("network", "engine", "prepare", "first call", "later call", "another size"),
          _latency_lines(rows), ""),
+        ("Where the time goes", ("step", "times", "ms", "share", "GFLOP/s", "floor, ms"), _profile_lines(rows), ""),
         ("Imports, ms", ("package", "time"),
          [("", [r.name, f"{r.extra['seconds'] * 1e3:.0f}"]) for r in rows if r.kind == "import"], ""),
         ("Operators, µs", ("sample", *operator_engines(rows), "vs eager"), operator_lines(rows), ""),

@@ -34,9 +34,9 @@ class Row:
     """One measurement.
 
     race: when the race began, UTC; its name. commit: short, with "+" behind it where files it does not hold were
-    measured. kind: "network", "operator", "accuracy", "memory", "latency", "import" or "ceiling". name: of the network
-    or operator. sample: height and width of the small image ("128x128"), or an operator's sample. engine: a peer's
-    name. Times in µs of `rounds` timed calls; others: processors that were busy with something else meanwhile.
+    measured. kind: "network", "operator", "accuracy", "memory", "latency", "profile", "import" or "ceiling". name: of
+    the network or operator. sample: height and width of the small image ("128x128"), or an operator's sample. engine: a
+    peer's name. Times in µs of `rounds` timed calls; others: processors that were busy with something else meanwhile.
     gflop: of the direct convolutions; floor_gflop: what is left of them by the formula in `bench.work`.
     error: root mean square against float64 over the reference's. psnr_db: against float64, whose range is the peak.
     extra: whatever else was measured. versions: of packages.

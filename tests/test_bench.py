@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastsr
-from bench import goals, networks, peers, races, report, results, timing, work
+from bench import goals, networks, peers, profile, races, report, results, timing, work
 from bench.__main__ import parser, rows_at
 from bench.compare import Change, resolve
 from bench.results import Row
+from fastsr import _library
 from fastsr.train.trainer import PlainOperators
 
 RACE = "2026-01-01T00:00:00.000+00:00"
@@ -333,6 +334,24 @@ def test_the_report_is_one_page_with_what_was_measured(rows, tmp_path):
     assert ">258%<" in text and ">1.16<" in text  # 517 GFLOP/s of 200; 0.1 s over 17.3 / 200 s
     with pytest.raises(ValueError, match="no rows"):
         report.write([], tmp_path)
+
+
+def test_a_profile_tells_all_of_the_work_and_the_report_most_of_the_time():
+    if _library.isa() in (None, "baseline"):
+        pytest.skip("no CPU kernels here")
+    module = networks.build(networks.CASES["dbpn"])
+    inputs = networks.inputs_of(module, 8)
+    lines, whole = profile.measure(peers.Subject(module, inputs), "fastsr-f32", rounds=2)
+    found = work.layers(module, inputs)
+    assert sum(x.gflop for x in lines) == pytest.approx(work.gflop(found))
+    assert sum(x.floor_gflop for x in lines) == pytest.approx(work.floor_gflop(found, "f32"))
+    assert whole > 0 and all(x.ms > 0 and x.count >= 1 for x in lines)
+
+    made = [["a: long", 3, 6.0, 2.0, 1.0], ["b: short", 1, 3.0, 0.0, 0.0], ["c: left out", 1, 0.1, 0.0, 0.0]]
+    rates = row("torch", None, "machine", kind="ceiling", sample="", extra={"f32": 200.0, "bf16": 400.0, "copy": 20.0})
+    text = report.page([rates, row("fastsr-f32", None, kind="profile", extra={"ms": 10.0, "lines": made})], {})
+    assert "Where the time goes" in text and ">333<" in text and ">5.0<" in text  # GFLOP/s and the floor of the first
+    assert "b: short" in text and "c: left out" not in text and ">0.9<" in text  # what no step takes
 
 
 def test_a_base_is_a_column_of_the_report(rows):
