@@ -330,6 +330,16 @@ def ask_to_end(number: int = signal.SIGTERM) -> None:
     os.kill(os.getpid(), number)
 
 
+@pytest.fixture
+def unmasked():
+    """Signals as a program in a terminal has them, whoever started the tests: nohup and shells ignore some."""
+    before = {n: signal.signal(n, signal.SIG_DFL) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("unmasked")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_abandons_what_is_being_computed(tmp_path, folder, number):
     jobs, out = find_jobs([folder], str(tmp_path / "out"))
