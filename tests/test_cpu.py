@@ -283,6 +283,23 @@ print(backends, torch.allclose(fastsr.optimize(model)(x), expected, atol=1e-6))
     assert in_another_process(code, FASTSR_CPU_ISA="baseline") == "{'eager'} True"
 
 
+def test_no_operator_imports_torchs_compiler_on_its_first_call():
+    code = """
+import sys, torch
+from fastsr.op import OPS
+from test_ops import samples
+calls = [(op, sample) for name, op in OPS.items() for sample in samples(name, dtype=torch.float32)[:1]]
+assert "sympy" not in sys.modules
+with torch.inference_mode():
+    for op, sample in calls:
+        op(*sample)
+        if "sympy" in sys.modules:  # it comes with the compiler
+            print(op.name)
+            break
+"""
+    assert in_another_process(code) == ""
+
+
 def test_threads_are_those_of_torch_and_as_many_as_it_has_now():
     code = """
 import os, torch, fastsr

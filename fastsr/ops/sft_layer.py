@@ -50,9 +50,11 @@ def map_steps(name: str, weights: list[Tensor], slope: float, plus_one: bool = F
     """The two steps that make a branch's map from the buffer "condition"; they fill the buffers "<name>_hidden" and
     "<name>". The 1 of a scale map is part of the bias, which is exact and spares every reader an addition."""
     weight0, bias0, weight1, bias1 = weights
+    if plus_one and not bias1.is_meta:  # where torch would import its compiler to add, 140 MB and a second
+        bias1 = bias1 + 1
     return (
         Conv((View("condition"),), weight0, bias0, View(f"{name}_hidden"), act="leaky", slope=slope),
-        Conv((View(f"{name}_hidden"),), weight1, bias1 + 1 if plus_one else bias1, View(name)),
+        Conv((View(f"{name}_hidden"),), weight1, bias1, View(name)),
     )
 
 
