@@ -315,8 +315,10 @@ def readme_table(rows: Sequence[Row]) -> str:
 
 def summary(rows: Sequence[Row]) -> str:
     """The chart and the table for README, with a line that says where and how they were measured."""
-    newest = max(rows, key=lambda r: r.race)
-    where = f"x{SCALE}, {newest.threads} threads of {newest.device}, commit {newest.commit}"
+    table = Table(rows)
+    shown = [row for name in CASES for row in table.rows.get(table.full(name), {}).values()]
+    newest, commits = max(shown, key=lambda r: r.race), ", ".join(sorted({r.commit for r in shown}))
+    where = f"x{SCALE}, {newest.threads} threads of {newest.device}, commit {commits}"
     return (
         f"![How many times faster than others]({README_CHART})\n\nWhole networks, image in to image out, {where}; "
         f"medians of interleaved calls.\n\n{readme_table(rows)}\n"
